@@ -1,0 +1,73 @@
+# `make help` lists the targets. Each first installs what it needs and the machine lacks
+# (scripts/setup); where nothing is missing that costs a moment.
+
+CARGO ?= cargo
+# For instance CARGO_FLAGS=--locked.
+CARGO_FLAGS ?=
+PREFIX ?= /usr/local
+DESTDIR ?=
+# Where libfabric's headers are, for `make bindings`.
+INCLUDE_DIR ?= /usr/include
+
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+BIN := $(TARGET_DIR)/release/mooncake-efa
+ENV := . scripts/env &&
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test bench lint header bindings install clean help raw_rma cmake
+
+build: ## the library and the command, in target/release
+	@scripts/setup build
+	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace
+
+demo: build ## move and verify memory between two processes, over shared memory and over TCP
+	$(BIN) bench --self --provider shm --verify --duration 3
+	$(BIN) bench --self --provider tcp --verify --duration 3
+
+test: ## every test: Rust, C, C++, and consumers of the CMake package
+	@scripts/setup build test
+	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace
+	$(ENV) $(CARGO) test $(CARGO_FLAGS) --release --workspace
+	@$(MAKE) --no-print-directory cmake CMAKE_ARGS=-DMOONCAKE_EFA_BUILD_TESTS=ON
+	cd build && ctest --output-on-failure
+
+bench: build raw_rma ## against a plain libfabric loop; BENCH_ARGS='--rounds 3', see bench/run --help
+	bench/run --ours $(BIN) --raw build/bench/raw_rma $(BENCH_ARGS)
+
+raw_rma:
+	@scripts/setup bench
+	@mkdir -p build/bench
+	PKG_CONFIG_PATH="$$PKG_CONFIG_PATH:/opt/amazon/efa/lib/pkgconfig:/opt/amazon/efa/lib64/pkgconfig" \
+	sh -c 'cc -std=gnu11 -O2 -Wall -Wextra -o build/bench/raw_rma bench/raw_rma.c \
+		$$(pkg-config --cflags --libs libfabric) -Wl,-rpath,$$(pkg-config --variable=libdir libfabric)'
+
+lint: build ## formatting, clippy, and that header, symbols and `unsafe` are as they should be
+	@scripts/setup lint header
+	$(ENV) $(CARGO) fmt --all --check
+	$(ENV) $(CARGO) clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	scripts/check-header
+	scripts/check-symbols $(TARGET_DIR)/release/libmooncake_efa.so
+	scripts/check-unsafe
+
+header: ## include/mooncake_efa.h from src/capi
+	@scripts/setup header
+	scripts/header
+
+bindings: ## src/fabric/bindings.rs from libfabric's headers in INCLUDE_DIR
+	scripts/bindings $(INCLUDE_DIR)
+
+cmake:
+	$(ENV) cmake -S . -B build $(CMAKE_ARGS)
+	$(ENV) cmake --build build -j $$(nproc)
+
+install: build ## to PREFIX (/usr/local), below DESTDIR if set
+	@$(MAKE) --no-print-directory cmake \
+		CMAKE_ARGS='-DMOONCAKE_EFA_BUILD_TESTS=OFF -DCMAKE_INSTALL_PREFIX="$(PREFIX)"'
+	DESTDIR="$(DESTDIR)" cmake --install build
+
+clean: ## what was built; .tools/ stays
+	rm -rf build bench/out
+	$(ENV) $(CARGO) clean
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10

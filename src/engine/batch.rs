@@ -1,0 +1,416 @@
+//! Batches and their tasks: what a caller holds a handle of and asks the status of.
+//!
+//! A task is one request. Neighbouring requests may be merged into a *group*, which is moved as one
+//! range; a group's bookkeeping is in its first task. Two counts say when a batch is done with:
+//! `unfinished` tasks have no final status yet; `holds` counts groups whose memory the provider may
+//! still touch, plus one for the caller until he frees the batch.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use super::table::Table;
+use crate::error::{Code, Error, Result};
+
+/// Status of a task or a batch, in Mooncake's numbers (`TransferStatusEnum`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Status {
+    /// Not submitted yet.
+    Waiting = 0,
+    /// Under way.
+    Pending = 1,
+    /// Refused.
+    Invalid = 2,
+    /// Cancelled by the caller; its memory is quiet.
+    Canceled = 3,
+    /// All bytes are in the target's memory (write) or ours (read); its memory is quiet.
+    Completed = 4,
+    /// The deadline passed. The provider may still touch its memory: see [`super::Engine::is_quiet`].
+    Timeout = 5,
+    /// A piece failed; its memory is quiet.
+    Failed = 6,
+}
+
+impl Status {
+    pub(super) fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Waiting,
+            1 => Self::Pending,
+            3 => Self::Canceled,
+            4 => Self::Completed,
+            5 => Self::Timeout,
+            6 => Self::Failed,
+            _ => Self::Invalid,
+        }
+    }
+
+    /// No further change will come.
+    pub fn is_final(self) -> bool {
+        !matches!(self, Self::Waiting | Self::Pending)
+    }
+}
+
+/// A batch: up to a fixed number of tasks. The number is opaque; 0 is never a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BatchId(pub u64);
+
+/// Where a group's first task is. Valid while the group holds its batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct GroupRef {
+    slot: u32,
+    pub first: u32,
+}
+
+impl GroupRef {
+    /// Stands for the group `number` of a plan until it is started.
+    pub fn planned(number: u32) -> Self {
+        Self { slot: 0, first: number }
+    }
+}
+
+/// A group whose status is to be published: it ended, or its deadline passed. Carries one hold of
+/// the batch, which [`Batches::finish`] gives up.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub group: GroupRef,
+    pub status: Status,
+    /// This one publishes the group (set by [`Batches::claim`]'s caller).
+    pub claimed: bool,
+}
+
+impl Ended {
+    pub fn new(group: GroupRef, status: Status) -> Self {
+        Self { group, status, claimed: false }
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Task {
+    status: AtomicU32,
+    /// Tasks in this group; 0 for a task that is not its first.
+    members: AtomicU32,
+    /// Bytes of the group that are neither moved nor given up.
+    remaining: AtomicU64,
+    /// 0, or the final status that the group will get instead of `Completed`; and [`PUBLISHED`].
+    verdict: AtomicU32,
+    /// The provider's errno of the first failure, and its rail: `rail << 32 | errno`.
+    failure: AtomicU64,
+    length: AtomicU64,
+    cookie: AtomicU64,
+}
+
+/// In a verdict: the group's status has been published.
+const PUBLISHED: u32 = 1 << 31;
+
+#[derive(Default)]
+pub(super) struct Batch {
+    capacity: AtomicU32,
+    used: AtomicU32,
+    unfinished: AtomicU32,
+    /// Tasks that ended with something else than `Completed`.
+    failed: AtomicU32,
+    holds: AtomicU32,
+    tasks: Box<[Task]>,
+}
+
+/// Largest batch: 2^20 tasks.
+pub const MAX_BATCH: u32 = 1 << (CLASSES - 1);
+const CLASSES: u32 = 21;
+const INDEX_BITS: u32 = 27;
+
+/// All batches, by size class (capacities rounded up to powers of two), so that one that is freed
+/// serves the next of its size without an allocation.
+pub(super) struct Batches {
+    classes: [Table<Batch>; CLASSES as usize],
+}
+
+/// A batch that cannot be recycled while this exists.
+pub(super) struct Pin<'a> {
+    all: &'a Batches,
+    pub slot: u32,
+    generation: u32,
+    pub batch: &'a Batch,
+}
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        self.all.release(self.slot, self.batch);
+    }
+}
+
+impl Default for Batches {
+    fn default() -> Self {
+        Self { classes: std::array::from_fn(|_| Table::default()) }
+    }
+}
+
+impl Batches {
+    /// A new batch for up to `capacity` tasks, 1 to [`MAX_BATCH`].
+    pub fn allocate(&self, capacity: u32) -> Result<BatchId> {
+        if capacity == 0 || capacity > MAX_BATCH {
+            return Err(Error::invalid(format!(
+                "a batch of {capacity} requests: 1 to {MAX_BATCH} are possible"
+            )));
+        }
+        let class = capacity.next_power_of_two().ilog2();
+        let make = || Batch {
+            tasks: (0..1_u32 << class).map(|_| Task::default()).collect(),
+            ..Batch::default()
+        };
+        let full = || Error::new(Code::TooManyRequests, "too many batches are allocated");
+        let (index, generation) = self.classes[class as usize].take(make).ok_or_else(full)?;
+        if index >= 1 << INDEX_BITS {
+            return Err(full());
+        }
+        let slot = class << INDEX_BITS | index;
+        let batch = self.at(slot);
+        batch.capacity.store(capacity, Ordering::Relaxed);
+        batch.used.store(0, Ordering::Relaxed);
+        batch.unfinished.store(0, Ordering::Relaxed);
+        batch.failed.store(0, Ordering::Relaxed);
+        // Last: a stale pin sees 0 and refuses until the rest is set.
+        batch.holds.store(1, Ordering::Release);
+        Ok(BatchId(u64::from(generation) << 32 | u64::from(slot)))
+    }
+
+    /// Keeps a batch from being recycled; an error for a number that is not a batch.
+    pub fn pin(&self, id: BatchId) -> Result<Pin<'_>> {
+        let (slot, generation) = (id.0 as u32, (id.0 >> 32) as u32);
+        let unknown = || Error::invalid(format!("{:#x} is not a batch (or was freed)", id.0));
+        let class = slot >> INDEX_BITS;
+        let table = self.classes.get(class as usize).ok_or_else(unknown)?;
+        let index = slot & ((1 << INDEX_BITS) - 1);
+        let batch = table.get(index, generation).ok_or_else(unknown)?;
+        batch
+            .holds
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |holds| {
+                (holds > 0).then_some(holds + 1)
+            })
+            .map_err(|_| unknown())?;
+        let pin = Pin { all: self, slot, generation, batch };
+        // It may have been freed between the look-up and the hold.
+        if table.get(index, generation).is_none() {
+            return Err(unknown());
+        }
+        Ok(pin)
+    }
+
+    /// Frees a batch whose tasks all have a final status.
+    pub fn free(&self, id: BatchId) -> Result<()> {
+        let pin = self.pin(id)?;
+        let unfinished = pin.batch.unfinished.load(Ordering::Acquire);
+        if unfinished > 0 {
+            return Err(Error::new(
+                Code::Busy,
+                format!("the batch has {unfinished} requests under way; wait or cancel first"),
+            ));
+        }
+        let (class, index) = (pin.slot >> INDEX_BITS, pin.slot & ((1 << INDEX_BITS) - 1));
+        if self.classes[class as usize].retire(index, pin.generation) {
+            self.release(pin.slot, pin.batch); // the caller's hold
+        }
+        Ok(())
+    }
+
+    fn release(&self, slot: u32, batch: &Batch) {
+        if batch.holds.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let (class, index) = (slot >> INDEX_BITS, slot & ((1 << INDEX_BITS) - 1));
+            self.classes[class as usize].give_back(index);
+        }
+    }
+
+    fn at(&self, slot: u32) -> &Batch {
+        let (class, index) = (slot >> INDEX_BITS, slot & ((1 << INDEX_BITS) - 1));
+        self.classes[class as usize].at(index).expect("a held batch's slot exists")
+    }
+
+    pub fn group(&self, group: GroupRef) -> &Task {
+        &self.at(group.slot).tasks[group.first as usize]
+    }
+
+    /// One more hold on a group's batch, for an [`Ended`] besides the one of its last byte.
+    pub fn hold(&self, group: GroupRef) {
+        self.at(group.slot).holds.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Claims the publication of a group: true for one caller. `each` is called with every member's
+    /// cookie, bytes moved and status; then [`Self::finish`] makes the status visible.
+    pub fn claim(&self, ended: &Ended, mut each: impl FnMut(u64, u64, Status)) -> bool {
+        let batch = self.at(ended.group.slot);
+        let first = ended.group.first as usize;
+        let leader = &batch.tasks[first];
+        if leader.verdict.fetch_or(PUBLISHED, Ordering::AcqRel) & PUBLISHED != 0 {
+            return false;
+        }
+        let count = leader.members.load(Ordering::Relaxed);
+        for task in &batch.tasks[first..first + count as usize] {
+            let moved = match ended.status {
+                Status::Completed => task.length.load(Ordering::Relaxed),
+                _ => 0,
+            };
+            each(task.cookie.load(Ordering::Relaxed), moved, ended.status);
+        }
+        true
+    }
+
+    /// Makes the status of a claimed group visible, and gives up the hold in `ended`.
+    pub fn finish(&self, ended: Ended) {
+        let batch = self.at(ended.group.slot);
+        if ended.claimed {
+            let first = ended.group.first as usize;
+            let count = batch.tasks[first].members.load(Ordering::Relaxed);
+            if ended.status != Status::Completed {
+                batch.failed.fetch_add(count, Ordering::Relaxed);
+            }
+            for task in &batch.tasks[first..first + count as usize] {
+                task.status.store(ended.status as u32, Ordering::Release);
+            }
+            batch.unfinished.fetch_sub(count, Ordering::Release);
+        }
+        self.release(ended.group.slot, batch);
+    }
+
+    /// [`Pin::condemn`] for every batch.
+    pub fn condemn_all(&self, verdict: Status) {
+        self.classes.iter().flat_map(Table::iter).for_each(|batch| batch.condemn(verdict));
+    }
+}
+
+impl Pin<'_> {
+    /// Reserves `count` tasks and returns the first one's index.
+    pub fn reserve(&self, count: u32) -> Result<u32> {
+        let capacity = self.batch.capacity.load(Ordering::Relaxed);
+        let reserved = self.batch.used.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |used| {
+            used.checked_add(count).filter(|&used| used <= capacity)
+        });
+        reserved.map_err(|used| {
+            Error::new(
+                Code::TooManyRequests,
+                format!("{count} requests do not fit: the batch holds {used} of {capacity}"),
+            )
+        })
+    }
+
+    /// Prepares task `index`.
+    pub fn prepare(&self, index: u32, length: u64, cookie: u64) {
+        let task = &self.batch.tasks[index as usize];
+        task.members.store(0, Ordering::Relaxed);
+        task.length.store(length, Ordering::Relaxed);
+        task.cookie.store(cookie, Ordering::Relaxed);
+        task.status.store(Status::Pending as u32, Ordering::Release);
+    }
+
+    /// Makes `count` prepared tasks from `first` on one group of `bytes` bytes, which holds the
+    /// batch until it is published as quiet.
+    pub fn start_group(&self, first: u32, count: u32, bytes: u64) -> GroupRef {
+        let task = &self.batch.tasks[first as usize];
+        task.members.store(count, Ordering::Relaxed);
+        task.remaining.store(bytes, Ordering::Relaxed);
+        task.verdict.store(0, Ordering::Relaxed);
+        task.failure.store(0, Ordering::Relaxed);
+        self.batch.unfinished.fetch_add(count, Ordering::Relaxed);
+        self.batch.holds.fetch_add(1, Ordering::Relaxed);
+        self.group_at(first)
+    }
+
+    /// The group whose first task is `first`.
+    pub fn group_at(&self, first: u32) -> GroupRef {
+        GroupRef { slot: self.slot, first }
+    }
+
+    /// Groups started and not given back by the provider, whether or not their status is final.
+    pub fn is_quiet(&self) -> bool {
+        // The caller's hold and this pin; other pins are short and only make this say "not yet".
+        self.batch.holds.load(Ordering::Acquire) <= 2
+    }
+
+    /// Status and bytes moved of a task.
+    pub fn task(&self, index: u32) -> Result<(Status, u64)> {
+        let used = self.batch.used.load(Ordering::Acquire);
+        if index >= used {
+            return Err(Error::invalid(format!("the batch has {used} tasks, none number {index}")));
+        }
+        let task = &self.batch.tasks[index as usize];
+        let status = Status::from_number(task.status.load(Ordering::Acquire));
+        let moved = match status {
+            Status::Completed => task.length.load(Ordering::Relaxed),
+            _ => 0,
+        };
+        Ok((status, moved))
+    }
+
+    /// Rail and errno of the failure of the group that task `index` is in.
+    pub fn failure(&self, index: u32) -> Option<(u32, i32)> {
+        let tasks = &self.batch.tasks[..=index as usize];
+        let leader = tasks.iter().rev().find(|task| task.members.load(Ordering::Relaxed) > 0)?;
+        match leader.failure.load(Ordering::Acquire) {
+            0 => None,
+            failure => Some(((failure >> 32) as u32, failure as u32 as i32)),
+        }
+    }
+
+    /// Status of the batch as a whole: pending until every task has a final status, then completed
+    /// or failed. A batch without tasks is completed.
+    pub fn status(&self) -> Status {
+        if self.batch.unfinished.load(Ordering::Acquire) > 0 {
+            Status::Pending
+        } else if self.batch.failed.load(Ordering::Relaxed) > 0 {
+            Status::Failed
+        } else {
+            Status::Completed
+        }
+    }
+
+    /// Tasks submitted.
+    pub fn used(&self) -> u32 {
+        self.batch.used.load(Ordering::Acquire)
+    }
+
+    /// Ends what has not been posted yet, and waits for the rest: see [`Task::condemn`].
+    pub fn condemn(&self, verdict: Status) {
+        self.batch.condemn(verdict);
+    }
+}
+
+impl Batch {
+    fn condemn(&self, verdict: Status) {
+        for task in &self.tasks[..self.used.load(Ordering::Acquire) as usize] {
+            if task.members.load(Ordering::Relaxed) > 0 {
+                task.condemn(verdict);
+            }
+        }
+    }
+}
+
+impl Task {
+    /// Takes `bytes` off the group's remaining ones. `Some` with its final status for the caller
+    /// who took the last.
+    pub fn subtract(&self, bytes: u64) -> Option<Status> {
+        if self.remaining.fetch_sub(bytes, Ordering::AcqRel) != bytes {
+            return None;
+        }
+        Some(match self.verdict.load(Ordering::Acquire) & !PUBLISHED {
+            0 => Status::Completed,
+            verdict => Status::from_number(verdict),
+        })
+    }
+
+    /// Settles that the group will end with `verdict`, unless it was settled already. Pieces that
+    /// are not posted will be given up; posted ones must come back first.
+    pub fn condemn(&self, verdict: Status) -> bool {
+        self.verdict
+            .compare_exchange(0, verdict as u32, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Settles that the group fails with this errno on this rail.
+    pub fn fail(&self, rail: u32, errno: i32) {
+        if self.condemn(Status::Failed) {
+            self.failure.store(u64::from(rail) << 32 | u64::from(errno as u32), Ordering::Release);
+        }
+    }
+
+    /// The group's verdict is settled: nothing more of it should be posted.
+    pub fn is_condemned(&self) -> bool {
+        self.verdict.load(Ordering::Relaxed) & !PUBLISHED != 0
+    }
+}

@@ -1,0 +1,800 @@
+//! The engine: batches, requests, slices; NIC choice, deadlines, progress.
+//!
+//! It has no threads, no clock and no I/O: time comes in as nanoseconds, completions from a
+//! [`Nic`], and progress is made by whoever calls [`Engine::progress`].
+#![forbid(unsafe_code)]
+
+mod batch;
+mod nic;
+mod plan;
+mod rail;
+mod region;
+mod table;
+mod target;
+#[cfg(test)]
+mod tests;
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use parking_lot::Mutex;
+
+use crate::error::{Code, Error, Result};
+use crate::fabric::Memory;
+use batch::Ended;
+pub use batch::{BatchId, MAX_BATCH, Status};
+pub use nic::{Completion, Nic, Operation, PeerAddress, Post};
+use plan::Plan;
+pub use rail::RailCounters;
+use rail::{Failure, Rail, Shared, Span};
+use region::{LocalRegion, Number, RangeMap};
+use table::Table;
+pub use target::{RemoteBuffer, RemoteNic, TargetId};
+use target::Target;
+
+/// One transfer request.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// Write to the target; otherwise read from it.
+    pub write: bool,
+    /// Address of our memory, registered.
+    pub local: u64,
+    /// Whose memory is at the other end.
+    pub target: TargetId,
+    /// Address in the target's memory.
+    pub remote: u64,
+    /// Bytes; 0 completes at once.
+    pub length: u64,
+    /// The caller's; handed to [`Observer`].
+    pub cookie: u64,
+}
+
+/// A task that got its final status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Finished {
+    /// As in its [`Request`].
+    pub cookie: u64,
+    /// Bytes moved: all or 0.
+    pub bytes: u64,
+    /// Its status.
+    pub status: Status,
+}
+
+/// Called with tasks that got their final status, before the status can be seen. Called by whatever
+/// thread made the progress, under no lock of the engine; it may submit, and must not block.
+pub type Observer = Box<dyn Fn(&[Finished]) + Send + Sync>;
+
+/// Settings of an engine.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Longest single operation, bytes.
+    pub slice: u64,
+    /// Merge neighbours that are contiguous on both sides.
+    pub merge: bool,
+}
+
+/// Why a submission was not started.
+#[derive(Debug)]
+pub enum Refusal {
+    /// The request or the batch is wrong, or the device failed.
+    Error(Error),
+    /// The remote range is not in what we know of the target, which may be out of date.
+    NotThere {
+        /// Whose range.
+        target: TargetId,
+        /// What to say if it is not out of date.
+        error: Error,
+    },
+    /// The endpoint address of this NIC of the target is not known: shake hands, tell
+    /// [`Engine::set_address`], submit again.
+    NeedsHandshake {
+        /// Local rail.
+        rail: usize,
+        /// NIC of the target, by index.
+        nic: u16,
+        /// Whose.
+        target: TargetId,
+    },
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl Refusal {
+    fn context(self, context: impl FnOnce() -> String) -> Self {
+        match self {
+            Self::Error(error) => Self::Error(error.context(context())),
+            Self::NotThere { target, error } => {
+                Self::NotThere { target, error: error.context(context()) }
+            }
+            needs @ Self::NeedsHandshake { .. } => needs,
+        }
+    }
+}
+
+/// What was registered: one range, known to peers by one key a rail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registered {
+    /// First byte.
+    pub address: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Key by rail; 0 where it is not registered.
+    pub keys: Vec<u64>,
+}
+
+/// Memory to register.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// The range.
+    pub memory: Memory,
+    /// Rails to register it on.
+    pub rails: Vec<u16>,
+    /// Of these, the ones to send over; empty for all.
+    pub preferred: Vec<u16>,
+    /// Longest single region: what is longer becomes several.
+    pub largest: u64,
+}
+
+struct BufferRecord {
+    end: u64,
+    /// Regions it became, with the rails that have each.
+    regions: Vec<(Number, Vec<u16>)>,
+}
+
+/// See the module's documentation.
+pub struct Engine<N> {
+    rails: Box<[Rail<N>]>,
+    shared: Shared,
+    locals: ArcSwap<RangeMap<LocalRegion>>,
+    /// What callers registered, by first byte. Held while registrations change.
+    buffers: Mutex<BTreeMap<u64, BufferRecord>>,
+    targets: Table<ArcSwapOption<Target>>,
+    observer: Option<Observer>,
+    settings: Settings,
+    /// Where the next submission starts looking for a rail, so that equals take turns.
+    rotation: AtomicUsize,
+    virtual_addresses: bool,
+}
+
+#[derive(Default)]
+struct Scratch {
+    plan: Plan,
+    /// By rail.
+    spans: Vec<Vec<Span>>,
+    loads: Vec<u64>,
+}
+
+#[derive(Default)]
+struct Events {
+    ended: Vec<Ended>,
+    finished: Vec<Finished>,
+    failures: Vec<Failure>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static EVENTS: RefCell<Events> = RefCell::default();
+}
+
+impl<N: Nic> Engine<N> {
+    /// An engine over these NICs, by name. At least one.
+    pub fn new(nics: Vec<(String, N)>, settings: Settings, observer: Option<Observer>) -> Self {
+        let virtual_addresses = nics.iter().all(|(_, nic)| nic.virtual_addresses());
+        let rails = nics.into_iter().enumerate();
+        Self {
+            rails: rails.map(|(index, (name, nic))| Rail::new(name, index as u32, nic)).collect(),
+            shared: Shared {
+                batches: batch::Batches::default(),
+                users: region::Users::default(),
+                slice: settings.slice.max(1),
+            },
+            locals: ArcSwap::default(),
+            buffers: Mutex::default(),
+            targets: Table::default(),
+            observer,
+            settings,
+            rotation: AtomicUsize::new(0),
+            virtual_addresses,
+        }
+    }
+
+    /// Local NICs.
+    pub fn rails(&self) -> usize {
+        self.rails.len()
+    }
+
+    /// A rail's NIC name.
+    pub fn rail_name(&self, rail: usize) -> &str {
+        &self.rails[rail].name
+    }
+
+    /// Counters of a rail.
+    pub fn counters(&self, rail: usize) -> RailCounters {
+        self.rails[rail].counters()
+    }
+
+    /// Calls `f` with a rail's NIC, when no one else uses it.
+    pub fn with_nic<R>(&self, rail: usize, f: impl FnOnce(&mut N) -> R) -> R {
+        self.rails[rail].with_nic(f)
+    }
+
+    // ---- memory -------------------------------------------------------------------------------
+
+    /// Registers ranges on their rails, all or nothing. The result has one list of regions a
+    /// registration, in order of address.
+    ///
+    /// # Errors
+    /// [`Code::AddressOverlapped`] if a range overlaps another of the call or one that is
+    /// registered; the NIC's error if it refuses one.
+    pub fn register(&self, wanted: &[Registration]) -> Result<Vec<Vec<Registered>>> {
+        let mut buffers = self.buffers.lock();
+        self.check_overlap(&buffers, wanted)?;
+        // Regions to make: (registration, memory, number).
+        let mut made: Vec<(usize, Memory, Number)> = Vec::new();
+        let give_back = |made: &[(usize, Memory, Number)]| {
+            for (_, _, number) in made {
+                self.shared.users.give_back(*number);
+            }
+        };
+        for (index, registration) in wanted.iter().enumerate() {
+            let (length, mut offset) = (registration.memory.length(), 0);
+            while offset < length {
+                let part = (length - offset).min(registration.largest.max(1));
+                let Some(number) = self.shared.users.open() else {
+                    give_back(&made);
+                    return Err(Error::new(Code::TooManyRequests, "too many memory regions"));
+                };
+                made.push((index, registration.memory.part(offset, part), number));
+                offset += part;
+            }
+        }
+        let keys = match self.register_on_rails(wanted, &made) {
+            Ok(keys) => keys,
+            Err(error) => {
+                give_back(&made);
+                return Err(error);
+            }
+        };
+        let mut regions: Vec<LocalRegion> = self.locals.load().iter().cloned().collect();
+        let mut result = vec![Vec::new(); wanted.len()];
+        let senders: Vec<Arc<[u16]>> = wanted
+            .iter()
+            .map(|wanted| match wanted.preferred.as_slice() {
+                [] => wanted.rails.as_slice().into(),
+                preferred => preferred.into(),
+            })
+            .collect();
+        for (region, (index, memory, number)) in made.iter().enumerate() {
+            let (start, end) = (memory.address(), memory.address() + memory.length());
+            regions.push(LocalRegion { start, end, number: *number, rails: senders[*index].clone() });
+            result[*index].push(Registered {
+                address: start,
+                length: memory.length(),
+                keys: keys.iter().map(|keys| keys[region]).collect(),
+            });
+            let record = buffers
+                .entry(wanted[*index].memory.address())
+                .or_insert_with(|| BufferRecord { end, regions: Vec::new() });
+            record.end = end;
+            record.regions.push((*number, wanted[*index].rails.clone()));
+        }
+        self.locals.store(Arc::new(RangeMap::new(regions)));
+        Ok(result)
+    }
+
+    fn check_overlap(
+        &self,
+        buffers: &BTreeMap<u64, BufferRecord>,
+        wanted: &[Registration],
+    ) -> Result<()> {
+        let overlaps = |start: u64, end: u64, other: u64, other_end: u64| {
+            Error::new(
+                Code::AddressOverlapped,
+                format!("{start:#x}-{end:#x} overlaps {other:#x}-{other_end:#x}, registered already"),
+            )
+        };
+        let mut new: BTreeMap<u64, u64> = BTreeMap::new();
+        for registration in wanted {
+            if registration.rails.is_empty()
+                || registration.rails.iter().any(|&rail| usize::from(rail) >= self.rails.len())
+            {
+                return Err(Error::invalid("memory must be registered on at least one known NIC"));
+            }
+            let start = registration.memory.address();
+            let end = start + registration.memory.length();
+            let before = buffers.range(..end).next_back().map(|(&start, record)| (start, record.end));
+            let sibling = new.range(..end).next_back().map(|(&start, &end)| (start, end));
+            for (other, other_end) in before.into_iter().chain(sibling) {
+                if other_end > start {
+                    return Err(overlaps(start, end, other, other_end));
+                }
+            }
+            new.insert(start, end);
+        }
+        Ok(())
+    }
+
+    /// Registers every region on its rails, rails in parallel. Keys by rail, then region. Undoes all
+    /// on an error.
+    fn register_on_rails(
+        &self,
+        wanted: &[Registration],
+        made: &[(usize, Memory, Number)],
+    ) -> Result<Vec<Vec<u64>>> {
+        let on_rail = |rail: usize| -> (Vec<u64>, Option<Error>) {
+            let mut keys = vec![0; made.len()];
+            for (key, (index, memory, number)) in keys.iter_mut().zip(made) {
+                if !wanted[*index].rails.contains(&(rail as u16)) {
+                    continue;
+                }
+                match self.rails[rail].with_nic(|nic| nic.register(number.index, memory)) {
+                    Ok(new) => *key = new,
+                    Err(error) => {
+                        let context = format!("registering memory on {}", self.rails[rail].name);
+                        return (keys, Some(error.context(context)));
+                    }
+                }
+            }
+            (keys, None)
+        };
+        let results: Vec<(Vec<u64>, Option<Error>)> = if self.rails.len() == 1 {
+            vec![on_rail(0)]
+        } else {
+            std::thread::scope(|scope| {
+                let rails: Vec<_> =
+                    (0..self.rails.len()).map(|rail| scope.spawn(move || on_rail(rail))).collect();
+                let failed = || (Vec::new(), Some(Error::new(Code::Internal, "registration died")));
+                rails.into_iter().map(|rail| rail.join().unwrap_or_else(|_| failed())).collect()
+            })
+        };
+        if let Some(error) = results.iter().find_map(|(_, error)| error.clone()) {
+            for (rail, (keys, _)) in results.iter().enumerate() {
+                for (key, (_, _, number)) in keys.iter().zip(made) {
+                    if *key != 0 {
+                        let undone = self.rails[rail].with_nic(|nic| nic.unregister(number.index));
+                        if let Err(error) = undone {
+                            log::warn!("undoing a registration on {}: {error}", self.rails[rail].name);
+                        }
+                    }
+                }
+            }
+            return Err(error);
+        }
+        Ok(results.into_iter().map(|(keys, _)| keys).collect())
+    }
+
+    /// Ends the registration of the range that starts at `address`.
+    ///
+    /// # Errors
+    /// [`Code::AddressNotRegistered`] if none starts there; [`Code::Busy`] while transfers use it
+    /// (nothing has changed then).
+    pub fn unregister(&self, address: u64) -> Result<()> {
+        let mut buffers = self.buffers.lock();
+        let record = buffers.get(&address).ok_or_else(|| {
+            Error::new(
+                Code::AddressNotRegistered,
+                format!("no registered memory starts at {address:#x}"),
+            )
+        })?;
+        let users = &self.shared.users;
+        for (closed, (number, _)) in record.regions.iter().enumerate() {
+            if let Err(count) = users.close(*number) {
+                for (number, _) in &record.regions[..closed] {
+                    users.reopen(*number);
+                }
+                return Err(Error::new(
+                    Code::Busy,
+                    format!("memory at {address:#x} is used by {count} transfers under way"),
+                ));
+            }
+        }
+        let record = buffers.remove(&address).expect("found above");
+        let gone = |region: &LocalRegion| record.regions.iter().any(|(number, _)| *number == region.number);
+        let rest = self.locals.load().iter().filter(|region| !gone(region)).cloned().collect();
+        self.locals.store(Arc::new(RangeMap::new(rest)));
+        let mut result = Ok(());
+        for (number, rails) in &record.regions {
+            for &rail in rails {
+                let rail = &self.rails[usize::from(rail)];
+                if let Err(error) = rail.with_nic(|nic| nic.unregister(number.index)) {
+                    result = Err(error.context(format!("unregistering on {}", rail.name)));
+                }
+            }
+            users.give_back(*number);
+        }
+        result
+    }
+
+    // ---- targets ------------------------------------------------------------------------------
+
+    /// Makes a peer's segment known.
+    pub fn add_target(
+        &self,
+        name: &str,
+        nics: Vec<RemoteNic>,
+        buffers: Vec<RemoteBuffer>,
+    ) -> Result<TargetId> {
+        let (index, generation) = self
+            .targets
+            .take(ArcSwapOption::empty)
+            .ok_or_else(|| Error::new(Code::TooManyRequests, "too many segments are open"))?;
+        let target = Target::new(name.to_owned(), nics, buffers, self.rails.len());
+        self.targets.at(index).expect("just taken").store(Some(Arc::new(target)));
+        Ok(TargetId(u64::from(generation) << 32 | u64::from(index)))
+    }
+
+    /// Replaces what is known of a peer. Transfers under way are not touched.
+    pub fn update_target(
+        &self,
+        id: TargetId,
+        nics: Vec<RemoteNic>,
+        buffers: Vec<RemoteBuffer>,
+    ) -> Result<()> {
+        let slot = self.target_slot(id)?;
+        let older = slot.load_full().ok_or_else(|| unknown_target(id))?;
+        let target = Target::new(older.name.clone(), nics, buffers, self.rails.len());
+        target.inherit(&older);
+        slot.store(Some(Arc::new(target)));
+        Ok(())
+    }
+
+    /// Forgets a peer. Transfers under way are not touched.
+    pub fn remove_target(&self, id: TargetId) -> Result<()> {
+        let slot = self.target_slot(id)?;
+        if !self.targets.retire(id.0 as u32, (id.0 >> 32) as u32) {
+            return Err(unknown_target(id));
+        }
+        slot.store(None);
+        self.targets.give_back(id.0 as u32);
+        Ok(())
+    }
+
+    /// A peer's name, and the names of its NICs.
+    pub fn target_names(&self, id: TargetId) -> Result<(String, Vec<String>)> {
+        let target = self.target(id)?;
+        Ok((target.name.clone(), target.nics.iter().map(|nic| nic.name.clone()).collect()))
+    }
+
+    /// Tells the endpoint address of a peer's NIC, as a handshake brought it.
+    pub fn set_address(&self, id: TargetId, nic: u16, address: &[u8]) -> Result<()> {
+        let target = self.target(id)?;
+        let nic = target
+            .nics
+            .get(usize::from(nic))
+            .ok_or_else(|| Error::invalid(format!("{} has no NIC number {nic}", target.name)))?;
+        let _ = nic.address.set(address.into());
+        Ok(())
+    }
+
+    /// Connects every pair of rail and peer's NIC that transfers could use.
+    pub fn warm_up(&self, id: TargetId) -> Result<(), Refusal> {
+        let target = self.target(id)?;
+        for rail in 0..self.rails.len() {
+            for nic in 0..target.nics.len() as u16 {
+                self.peer(id, &target, rail, nic)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn target_slot(&self, id: TargetId) -> Result<&ArcSwapOption<Target>> {
+        self.targets.get(id.0 as u32, (id.0 >> 32) as u32).ok_or_else(|| unknown_target(id))
+    }
+
+    fn target(&self, id: TargetId) -> Result<Arc<Target>> {
+        self.target_slot(id)?.load_full().ok_or_else(|| unknown_target(id))
+    }
+
+    fn peer(
+        &self,
+        id: TargetId,
+        target: &Target,
+        rail: usize,
+        nic: u16,
+    ) -> Result<PeerAddress, Refusal> {
+        if let Some(peer) = target.peer(rail, nic) {
+            return Ok(peer);
+        }
+        let remote = &target.nics[usize::from(nic)];
+        let Some(address) = remote.address.get() else {
+            return Err(Refusal::NeedsHandshake { rail, nic, target: id });
+        };
+        let peer = self.rails[rail].with_nic(|own| own.connect(address)).map_err(|error| {
+            let rail = &self.rails[rail].name;
+            error.context(format!("connecting {rail} to {} of {}", remote.name, target.name))
+        })?;
+        target.set_peer(rail, nic, peer);
+        Ok(peer)
+    }
+
+    // ---- batches ------------------------------------------------------------------------------
+
+    /// A new batch for up to `capacity` requests (1 to [`MAX_BATCH`]).
+    pub fn allocate_batch(&self, capacity: u32) -> Result<BatchId> {
+        self.shared.batches.allocate(capacity)
+    }
+
+    /// Frees a batch; [`Code::Busy`] while a request of it is under way.
+    pub fn free_batch(&self, batch: BatchId) -> Result<()> {
+        self.shared.batches.free(batch)
+    }
+
+    /// Adds requests to a batch and starts them; they end by `deadline` (nanoseconds). The number of
+    /// the first one's task. Either all are started, or none.
+    ///
+    /// Allocates nothing once its buffers have grown to the size of the submission.
+    pub fn submit(
+        &self,
+        batch: BatchId,
+        requests: impl ExactSizeIterator<Item = Request>,
+        now: u64,
+        deadline: u64,
+    ) -> Result<u32, Refusal> {
+        let mut scratch = SCRATCH.take();
+        let result = self.submit_with(&mut scratch, batch, requests, deadline);
+        if result.is_ok() {
+            for (rail, spans) in self.rails.iter().zip(&scratch.spans) {
+                if !spans.is_empty() {
+                    self.drive(rail, now);
+                }
+            }
+        }
+        scratch.plan.targets.clear(); // they are Arcs
+        SCRATCH.replace(scratch);
+        result
+    }
+
+    fn submit_with(
+        &self,
+        scratch: &mut Scratch,
+        batch: BatchId,
+        requests: impl ExactSizeIterator<Item = Request>,
+        deadline: u64,
+    ) -> Result<u32, Refusal> {
+        let pin = self.shared.batches.pin(batch)?;
+        let count = u32::try_from(requests.len())
+            .map_err(|_| Error::new(Code::TooManyRequests, "more requests than any batch holds"))?;
+        let locals = self.locals.load();
+        let users = &self.shared.users;
+        scratch.plan.build(requests, &locals, users, |id| self.target(id), self.settings.merge)?;
+        let placed = self.place(scratch, &locals, deadline);
+        match placed.and_then(|()| Ok(pin.reserve(count)?)) {
+            Ok(first) => {
+                self.start(scratch, &locals, &pin, first);
+                Ok(first)
+            }
+            Err(refusal) => {
+                scratch.plan.abandon(&locals, users);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Cuts pieces into spans and gives each to a rail.
+    fn place(
+        &self,
+        scratch: &mut Scratch,
+        locals: &RangeMap<LocalRegion>,
+        deadline: u64,
+    ) -> Result<(), Refusal> {
+        let rails = self.rails.len();
+        let Scratch { plan, spans, loads } = scratch;
+        spans.resize_with(rails.max(spans.len()), Vec::new);
+        spans.iter_mut().for_each(Vec::clear);
+        loads.clear();
+        loads.extend(self.rails.iter().map(Rail::load));
+        let rotation = self.rotation.fetch_add(1, Ordering::Relaxed);
+        for index in 0..plan.pieces.len() {
+            let piece = plan.pieces[index];
+            let (id, target) = &plan.targets[piece.target as usize];
+            let local = locals.at(piece.local_region);
+            let remote = target.regions.at(piece.remote_region);
+            let base = if self.virtual_addresses { 0 } else { remote.start };
+            let part = plan::cut(piece.length, plan.stripe(local.rails.len()));
+            plan.pieces[index].spans = piece.length.div_ceil(part) as u32;
+            let mut done = 0;
+            while done < piece.length {
+                let length = part.min(piece.length - done);
+                let choices = local.rails.len();
+                let rail = (0..choices)
+                    .map(|choice| usize::from(local.rails[(choice + rotation) % choices]))
+                    .min_by_key(|&rail| loads[rail])
+                    .expect("a region has rails");
+                // Rails meet the peer's NICs in the same order: neighbours do not crowd on one.
+                let (nic, key) = remote.keys[rail % remote.keys.len()];
+                spans[rail].push(Span {
+                    group: batch::GroupRef::planned(piece.group),
+                    local: piece.local + done,
+                    remote: piece.remote + done - base,
+                    length,
+                    key,
+                    peer: self.peer(*id, target, rail, nic)?,
+                    deadline,
+                    region: local.number.index,
+                    target: id.0 as u32,
+                    write: piece.write,
+                });
+                loads[rail] += length;
+                done += length;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts what was planned and placed, as the tasks from `first` on of a batch.
+    fn start(
+        &self,
+        scratch: &mut Scratch,
+        locals: &RangeMap<LocalRegion>,
+        pin: &batch::Pin,
+        first: u32,
+    ) {
+        let Scratch { plan, spans, .. } = scratch;
+        for (index, &(length, cookie)) in plan.tasks.iter().enumerate() {
+            pin.prepare(first + index as u32, length, cookie);
+        }
+        let mut events = EVENTS.take();
+        for group in &plan.groups {
+            let started = pin.start_group(first + group.first, group.tasks, group.bytes);
+            if group.bytes == 0 {
+                events.ended.push(Ended::new(started, Status::Completed));
+            }
+        }
+        // Each span uses its region; the first of a piece takes over the piece's own use.
+        for piece in plan.pieces.iter().filter(|piece| piece.spans > 1) {
+            let number = locals.at(piece.local_region).number.index;
+            self.shared.users.enter_more(number, piece.spans - 1);
+        }
+        for (rail, spans) in self.rails.iter().zip(spans) {
+            if spans.is_empty() {
+                continue;
+            }
+            let mut bytes = 0;
+            for span in spans.iter_mut() {
+                let group = &plan.groups[span.group.first as usize];
+                span.group = pin.group_at(first + group.first);
+                bytes += span.length;
+            }
+            rail.push(spans, bytes);
+        }
+        self.publish(&mut events);
+        EVENTS.replace(events);
+    }
+
+    /// Status of one task, and its bytes moved.
+    pub fn task_status(&self, batch: BatchId, task: u32) -> Result<(Status, u64)> {
+        self.shared.batches.pin(batch)?.task(task)
+    }
+
+    /// Why a task failed: the rail it failed on, and libfabric's errno.
+    pub fn task_failure(&self, batch: BatchId, task: u32) -> Result<Option<(usize, i32)>> {
+        let pin = self.shared.batches.pin(batch)?;
+        pin.task(task)?;
+        Ok(pin.failure(task).map(|(rail, errno)| (rail as usize, errno)))
+    }
+
+    /// Status of a batch: pending while a task is under way, then completed if every task did, or
+    /// failed. And the count of tasks submitted.
+    pub fn batch_status(&self, batch: BatchId) -> Result<(Status, u32)> {
+        let pin = self.shared.batches.pin(batch)?;
+        Ok((pin.status(), pin.used()))
+    }
+
+    /// Whether the provider has given back all memory of a batch's requests. Always so once no task
+    /// is pending, but for those that timed out.
+    pub fn is_quiet(&self, batch: BatchId) -> Result<bool> {
+        Ok(self.shared.batches.pin(batch)?.is_quiet())
+    }
+
+    /// Cancels what a batch has under way. What is not posted ends at once; what is posted ends when
+    /// the provider gives it back, so that [`Status::Canceled`] always means quiet memory.
+    pub fn cancel(&self, batch: BatchId, now: u64) -> Result<()> {
+        self.shared.batches.pin(batch)?.condemn(Status::Canceled);
+        self.sweep(now);
+        Ok(())
+    }
+
+    /// Cancels everything that is under way.
+    pub fn cancel_all(&self, now: u64) {
+        self.shared.batches.condemn_all(Status::Canceled);
+        self.sweep(now);
+    }
+
+    /// Gives up what is condemned and still queued.
+    fn sweep(&self, now: u64) {
+        let mut events = EVENTS.take();
+        for rail in &self.rails {
+            rail.sweep(&self.shared, now, &mut events.ended);
+        }
+        self.publish(&mut events);
+        EVENTS.replace(events);
+    }
+
+    // ---- progress -----------------------------------------------------------------------------
+
+    /// Bytes queued or in flight on a rail.
+    pub fn load(&self, rail: usize) -> u64 {
+        self.rails[rail].load()
+    }
+
+    /// Whether anything is queued or in flight.
+    pub fn is_idle(&self) -> bool {
+        self.rails.iter().all(|rail| rail.load() == 0)
+    }
+
+    /// Turns driven on a rail so far, by anyone.
+    pub fn turns(&self, rail: usize) -> u64 {
+        self.rails[rail].turns()
+    }
+
+    /// Makes progress on the rails that have work. The count of operations posted or finished.
+    pub fn progress(&self, now: u64) -> usize {
+        let busy = self.rails.iter().filter(|rail| rail.load() > 0);
+        busy.map(|rail| self.drive(rail, now).unwrap_or(0)).sum()
+    }
+
+    /// Makes progress on one rail, whether or not it has work: peers may need its answers. `None` if
+    /// someone else is at it.
+    pub fn poll(&self, rail: usize, now: u64) -> Option<usize> {
+        self.drive(&self.rails[rail], now)
+    }
+
+    fn drive(&self, rail: &Rail<N>, now: u64) -> Option<usize> {
+        let mut events = EVENTS.take();
+        let Events { ended, failures, .. } = &mut events;
+        let count = rail.drive(&self.shared, now, ended, failures);
+        for failure in events.failures.drain(..) {
+            self.report(rail, &failure);
+        }
+        self.publish(&mut events);
+        EVENTS.replace(events);
+        count
+    }
+
+    /// Tells the observer of what ended, then makes it visible.
+    fn publish(&self, events: &mut Events) {
+        if events.ended.is_empty() {
+            return;
+        }
+        let batches = &self.shared.batches;
+        for ended in &mut events.ended {
+            let finished = &mut events.finished;
+            let observed = self.observer.is_some();
+            ended.claimed = batches.claim(ended, |cookie, bytes, status| {
+                if observed {
+                    finished.push(Finished { cookie, bytes, status });
+                }
+            });
+        }
+        if let Some(observer) = self.observer.as_ref().filter(|_| !events.finished.is_empty()) {
+            observer(&events.finished);
+            events.finished.clear();
+        }
+        for ended in events.ended.drain(..) {
+            batches.finish(ended);
+        }
+    }
+
+    fn report(&self, rail: &Rail<N>, failure: &Failure) {
+        let target = self.targets.at(failure.target).and_then(|target| target.load_full());
+        let name = target.as_ref().map_or("a closed segment", |target| target.name.as_str());
+        let operation = if failure.write { "write to" } else { "read from" };
+        log::error!(
+            "{operation} {name} over {} of {} bytes failed: {}",
+            rail.name,
+            failure.length,
+            failure.text
+        );
+    }
+}
+
+fn unknown_target(id: TargetId) -> Error {
+    Error::invalid(format!("{:#x} is not an open segment", id.0))
+}

@@ -1,0 +1,69 @@
+//! What the engine asks of a network device. The real one is [`crate::nic`]; tests have a simulated
+//! one.
+
+use crate::error::Result;
+use crate::fabric::Memory;
+pub use crate::fabric::{PeerAddress, Post};
+
+/// One RMA operation on registered memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Operation {
+    /// Write to the peer; otherwise read from it.
+    pub write: bool,
+    /// Local address, inside `region`.
+    pub local: u64,
+    /// Bytes, at most [`Nic::max_length`].
+    pub length: u64,
+    /// The number that the local region was registered with.
+    pub region: u32,
+    /// The peer.
+    pub peer: PeerAddress,
+    /// Remote address as the device wants it: virtual, or an offset (see
+    /// [`Nic::virtual_addresses`]).
+    pub remote: u64,
+    /// The remote region's key.
+    pub key: u64,
+    /// The engine's slot, below [`Nic::depth`]; not in use by another operation in flight.
+    pub slot: u32,
+}
+
+/// A finished operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// The slot it was posted with.
+    pub slot: u32,
+    /// 0, or libfabric's errno.
+    pub errno: i32,
+    /// With an errno: the provider's own number.
+    pub provider_errno: i32,
+}
+
+/// One network device. All calls come from one thread at a time.
+pub trait Nic: Send {
+    /// Most operations in flight: strictly below what the device's queues hold.
+    fn depth(&self) -> u32;
+
+    /// Longest operation in bytes.
+    fn max_length(&self) -> u64;
+
+    /// Remote addresses are virtual; otherwise offsets from the start of the remote region.
+    fn virtual_addresses(&self) -> bool;
+
+    /// Registers memory under a number of the engine's; returns the key for peers, never 0.
+    fn register(&mut self, region: u32, memory: &Memory) -> Result<u64>;
+
+    /// Ends a registration. Nothing in flight may use it.
+    fn unregister(&mut self, region: u32) -> Result<()>;
+
+    /// Makes a peer reachable by its endpoint's address; the same peer for the same address.
+    fn connect(&mut self, address: &[u8]) -> Result<PeerAddress>;
+
+    /// Posts an operation. With [`Post::Done`] a completion follows, exactly one.
+    fn post(&mut self, operation: &Operation) -> Post;
+
+    /// Makes progress, and appends what finished.
+    fn poll(&mut self, finished: &mut Vec<Completion>);
+
+    /// The provider's words for a failed completion, for logs.
+    fn explain(&self, errno: i32, provider_errno: i32) -> String;
+}

@@ -1,0 +1,413 @@
+//! A rail: one local NIC with the queue in front of it.
+//!
+//! Whoever gets the driver's lock posts and polls for all. Submitters append to the queue under a
+//! short lock of its own and never wait for the driver.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_utils::CachePadded;
+use parking_lot::Mutex;
+
+use super::batch::{Batches, Ended, GroupRef, Status};
+use super::nic::{Completion, Nic, Operation, PeerAddress, Post};
+use super::region::Users;
+
+/// Posts between two looks at the completion queue: completions are not kept waiting by a long
+/// queue, nor the queue by completions.
+const TURN: usize = 32;
+/// Turns before a driver must publish what ended: with a provider that completes at once, others'
+/// submissions could keep it here forever.
+const TURNS: usize = 8;
+/// How often deadlines are looked at, nanoseconds.
+const SCAN_EVERY: u64 = 20_000_000;
+
+/// A range of one group on its way over one rail. Cut into operations when it is posted.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span {
+    pub group: GroupRef,
+    pub local: u64,
+    pub remote: u64,
+    pub length: u64,
+    pub key: u64,
+    pub peer: PeerAddress,
+    /// Nanoseconds on the caller's clock.
+    pub deadline: u64,
+    pub region: u32,
+    /// Slot of the target, for messages.
+    pub target: u32,
+    pub write: bool,
+}
+
+/// One operation in flight.
+#[derive(Clone, Copy, Debug)]
+struct Flight {
+    group: GroupRef,
+    length: u64,
+    deadline: u64,
+    region: u32,
+    target: u32,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Free,
+    Write,
+    Read,
+}
+
+/// What the rails of an engine share.
+pub(super) struct Shared {
+    pub batches: Batches,
+    pub users: Users,
+    /// Longest operation to post, bytes.
+    pub slice: u64,
+}
+
+/// Counters of one rail since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct RailCounters {
+    /// Operations posted.
+    pub posted: u64,
+    /// Operations completed without an error.
+    pub completed: u64,
+    /// Operations that ended with an error, or were refused when posted.
+    pub failed: u64,
+    /// Bytes of completed writes.
+    pub bytes_written: u64,
+    /// Bytes of completed reads.
+    pub bytes_read: u64,
+    /// Posts that the provider put off (`EAGAIN`).
+    pub put_off: u64,
+    /// Turns that left work queued for lack of credits.
+    pub starved: u64,
+    /// Completions that belong to no operation in flight.
+    pub strays: u64,
+    /// Operations whose deadline passed.
+    pub overdue: u64,
+    /// Bytes queued or in flight now.
+    pub pending_bytes: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    posted: AtomicU64,
+    completed: AtomicU64,
+    failed: AtomicU64,
+    bytes_written: AtomicU64,
+    bytes_read: AtomicU64,
+    put_off: AtomicU64,
+    starved: AtomicU64,
+    strays: AtomicU64,
+    overdue: AtomicU64,
+}
+
+/// Adds without a locked instruction: counters are only written under the driver's lock.
+fn add(counter: &AtomicU64, value: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + value, Ordering::Relaxed);
+}
+
+/// A failed operation, for the log.
+#[derive(Clone, Debug)]
+pub(super) struct Failure {
+    pub write: bool,
+    pub length: u64,
+    pub target: u32,
+    pub text: String,
+}
+
+pub(super) struct Rail<N> {
+    pub name: String,
+    index: u32,
+    /// Bytes queued or in flight: the load by which rails are chosen, and "is there work".
+    load: CachePadded<AtomicU64>,
+    queue: CachePadded<Mutex<VecDeque<Span>>>,
+    driver: CachePadded<Mutex<Driver<N>>>,
+    /// Turns driven, so that a poller sees that others do its work.
+    turns: AtomicU64,
+    counters: Counters,
+}
+
+struct Driver<N> {
+    nic: N,
+    flights: Box<[Flight]>,
+    free: Vec<u32>,
+    /// Taken from the queue, not posted yet.
+    taken: VecDeque<Span>,
+    finished: Vec<Completion>,
+    next_scan: u64,
+}
+
+impl<N: Nic> Rail<N> {
+    pub fn new(name: String, index: u32, nic: N) -> Self {
+        let depth = nic.depth();
+        let idle = Flight {
+            group: GroupRef::default(),
+            length: 0,
+            deadline: 0,
+            region: 0,
+            target: 0,
+            state: State::Free,
+        };
+        let driver = Driver {
+            nic,
+            flights: vec![idle; depth as usize].into(),
+            // Lowest last, so that it is used first and a light load stays in few cache lines.
+            free: (0..depth).rev().collect(),
+            taken: VecDeque::with_capacity(2 * TURN),
+            finished: Vec::with_capacity(2 * TURN),
+            next_scan: 0,
+        };
+        Self {
+            name,
+            index,
+            load: CachePadded::default(),
+            queue: CachePadded::new(Mutex::new(VecDeque::with_capacity(1024))),
+            driver: CachePadded::new(Mutex::new(driver)),
+            turns: AtomicU64::new(0),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Bytes queued or in flight.
+    pub fn load(&self) -> u64 {
+        self.load.load(Ordering::Acquire)
+    }
+
+    /// Turns driven so far, by anyone.
+    pub fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
+    }
+
+    /// Calls `f` with the NIC, when no one else uses it.
+    pub fn with_nic<R>(&self, f: impl FnOnce(&mut N) -> R) -> R {
+        f(&mut self.driver.lock().nic)
+    }
+
+    /// Appends spans, whose bytes are `bytes`.
+    pub fn push(&self, spans: &[Span], bytes: u64) {
+        self.load.fetch_add(bytes, Ordering::AcqRel);
+        self.queue.lock().extend(spans);
+    }
+
+    /// One turn of posting and polling, unless someone else is at it (`None`). The count of
+    /// operations posted or finished. Groups that ended are appended to `ended`; publish them.
+    pub fn drive(
+        &self,
+        shared: &Shared,
+        now: u64,
+        ended: &mut Vec<Ended>,
+        failures: &mut Vec<Failure>,
+    ) -> Option<usize> {
+        let mut driver = self.driver.try_lock()?;
+        add(&self.turns, 1);
+        let mut events = 0;
+        for _ in 0..TURNS {
+            events += self.poll(&mut driver, shared, ended, failures);
+            let posted = self.post(&mut driver, shared, now, ended, failures);
+            events += posted;
+            if posted < TURN {
+                break;
+            }
+        }
+        if now >= driver.next_scan {
+            driver.next_scan = now + SCAN_EVERY;
+            self.scan(&mut driver, shared, now, ended);
+        }
+        Some(events)
+    }
+
+    fn poll(
+        &self,
+        driver: &mut Driver<N>,
+        shared: &Shared,
+        ended: &mut Vec<Ended>,
+        failures: &mut Vec<Failure>,
+    ) -> usize {
+        let Driver { nic, flights, free, finished, .. } = driver;
+        finished.clear();
+        nic.poll(finished);
+        let (mut completed, mut written, mut read) = (0, 0, 0);
+        for completion in finished.iter() {
+            let flight = match flights.get_mut(completion.slot as usize) {
+                Some(flight) if flight.state != State::Free => flight,
+                _ => {
+                    add(&self.counters.strays, 1);
+                    continue;
+                }
+            };
+            let group = shared.batches.group(flight.group);
+            if completion.errno == 0 {
+                completed += 1;
+                *(if flight.state == State::Write { &mut written } else { &mut read }) +=
+                    flight.length;
+            } else {
+                add(&self.counters.failed, 1);
+                group.fail(self.index, completion.errno);
+                failures.push(Failure {
+                    write: flight.state == State::Write,
+                    length: flight.length,
+                    target: flight.target,
+                    text: nic.explain(completion.errno, completion.provider_errno),
+                });
+            }
+            shared.users.leave(flight.region);
+            self.load.fetch_sub(flight.length, Ordering::Release);
+            if let Some(status) = group.subtract(flight.length) {
+                ended.push(Ended::new(flight.group, status));
+            }
+            flight.state = State::Free;
+            free.push(completion.slot);
+        }
+        if completed > 0 {
+            add(&self.counters.completed, completed);
+            add(&self.counters.bytes_written, written);
+            add(&self.counters.bytes_read, read);
+        }
+        finished.len()
+    }
+
+    fn post(
+        &self,
+        driver: &mut Driver<N>,
+        shared: &Shared,
+        now: u64,
+        ended: &mut Vec<Ended>,
+        failures: &mut Vec<Failure>,
+    ) -> usize {
+        let Driver { nic, flights, free, taken, .. } = driver;
+        if taken.len() < TURN {
+            let mut queue = self.queue.lock();
+            let count = queue.len().min(2 * TURN - taken.len());
+            taken.extend(queue.drain(..count));
+        }
+        let slice = shared.slice.min(nic.max_length());
+        let mut posted = 0;
+        while posted < TURN {
+            let Some(span) = taken.front_mut() else { break };
+            let group = shared.batches.group(span.group);
+            if now >= span.deadline {
+                group.condemn(Status::Timeout);
+            }
+            if group.is_condemned() {
+                let span = taken.pop_front().expect("it is the front");
+                self.give_up(shared, &span, ended);
+                continue;
+            }
+            let Some(&slot) = free.last() else {
+                add(&self.counters.starved, 1);
+                break;
+            };
+            let length = span.length.min(slice);
+            let operation = Operation {
+                write: span.write,
+                local: span.local,
+                length,
+                region: span.region,
+                peer: span.peer,
+                remote: span.remote,
+                key: span.key,
+                slot,
+            };
+            match nic.post(&operation) {
+                Post::Done => {
+                    posted += 1;
+                    free.pop();
+                    flights[slot as usize] = Flight {
+                        group: span.group,
+                        length,
+                        deadline: span.deadline,
+                        region: span.region,
+                        target: span.target,
+                        state: if span.write { State::Write } else { State::Read },
+                    };
+                    if length == span.length {
+                        // The operation takes over the span's use of the region.
+                        taken.pop_front();
+                    } else {
+                        shared.users.enter_more(span.region, 1);
+                        span.local += length;
+                        span.remote += length;
+                        span.length -= length;
+                    }
+                }
+                Post::Again => {
+                    add(&self.counters.put_off, 1);
+                    break;
+                }
+                Post::Failed(errno) => {
+                    add(&self.counters.failed, 1);
+                    group.fail(self.index, errno);
+                    failures.push(Failure {
+                        write: span.write,
+                        length,
+                        target: span.target,
+                        text: nic.explain(errno, 0),
+                    });
+                }
+            }
+        }
+        if posted > 0 {
+            add(&self.counters.posted, posted as u64);
+        }
+        posted
+    }
+
+    /// Ends what is past its deadline. What is queued is given up; what is in flight stays the
+    /// provider's until it comes back, but its group is told now.
+    fn scan(&self, driver: &mut Driver<N>, shared: &Shared, now: u64, ended: &mut Vec<Ended>) {
+        for flight in &mut driver.flights {
+            if flight.state != State::Free && now >= flight.deadline {
+                flight.deadline = u64::MAX;
+                add(&self.counters.overdue, 1);
+                shared.batches.group(flight.group).condemn(Status::Timeout);
+                shared.batches.hold(flight.group);
+                ended.push(Ended::new(flight.group, Status::Timeout));
+            }
+        }
+        let mut keep = |span: &Span| {
+            let group = shared.batches.group(span.group);
+            if now >= span.deadline {
+                group.condemn(Status::Timeout);
+            }
+            let keep = !group.is_condemned();
+            if !keep {
+                self.give_up(shared, span, ended);
+            }
+            keep
+        };
+        driver.taken.retain(&mut keep);
+        self.queue.lock().retain(&mut keep);
+    }
+
+    fn give_up(&self, shared: &Shared, span: &Span, ended: &mut Vec<Ended>) {
+        shared.users.leave(span.region);
+        self.load.fetch_sub(span.length, Ordering::Release);
+        if let Some(status) = shared.batches.group(span.group).subtract(span.length) {
+            ended.push(Ended::new(span.group, status));
+        }
+    }
+
+    /// Gives up what is condemned without waiting for the next turn of its queue.
+    pub fn sweep(&self, shared: &Shared, now: u64, ended: &mut Vec<Ended>) {
+        self.scan(&mut self.driver.lock(), shared, now, ended);
+    }
+
+    pub fn counters(&self) -> RailCounters {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        RailCounters {
+            posted: get(&counters.posted),
+            completed: get(&counters.completed),
+            failed: get(&counters.failed),
+            bytes_written: get(&counters.bytes_written),
+            bytes_read: get(&counters.bytes_read),
+            put_off: get(&counters.put_off),
+            starved: get(&counters.starved),
+            strays: get(&counters.strays),
+            overdue: get(&counters.overdue),
+            pending_bytes: self.load(),
+        }
+    }
+}

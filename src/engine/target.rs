@@ -1,0 +1,111 @@
+//! Peers' segments, as the engine needs them.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::nic::PeerAddress;
+use super::region::{RangeMap, RemoteRegion};
+
+/// A peer's segment: the number is opaque; 0 is never one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TargetId(pub u64);
+
+/// One NIC of a peer.
+#[derive(Clone, Debug, Default)]
+pub struct RemoteNic {
+    /// Its name there.
+    pub name: String,
+    /// Its endpoint's address; `None` until a handshake brings it.
+    pub address: Option<Box<[u8]>>,
+}
+
+/// One registered range of a peer.
+#[derive(Clone, Debug)]
+pub struct RemoteBuffer {
+    /// First byte, in the peer's address space.
+    pub address: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Key by NIC of the peer; 0 where it is not registered.
+    pub keys: Vec<u64>,
+    /// The peer's NICs nearest to it; empty if unknown.
+    pub preferred: Vec<u16>,
+}
+
+/// What a descriptor says of a peer, ready for use.
+pub(super) struct Target {
+    pub name: String,
+    pub nics: Box<[Nic]>,
+    pub regions: RangeMap<RemoteRegion>,
+    rails: usize,
+    /// The peer's address in each rail's address vector: `rail * nics + nic`.
+    peers: Box<[AtomicU64]>,
+}
+
+pub(super) struct Nic {
+    pub name: String,
+    /// Set once: from the descriptor, or by a handshake.
+    pub address: OnceLock<Box<[u8]>>,
+}
+
+const UNKNOWN: u64 = u64::MAX;
+
+impl Target {
+    pub fn new(name: String, nics: Vec<RemoteNic>, buffers: Vec<RemoteBuffer>, rails: usize) -> Self {
+        let regions = buffers.into_iter().filter_map(|buffer| {
+            let key = |nic: u16| {
+                buffer.keys.get(usize::from(nic)).filter(|&&key| key != 0).map(|&key| (nic, key))
+            };
+            let mut keys: Vec<_> = buffer.preferred.iter().copied().filter_map(key).collect();
+            if keys.is_empty() {
+                keys = (0..nics.len() as u16).filter_map(key).collect();
+            }
+            let end = buffer.address.checked_add(buffer.length)?;
+            (!keys.is_empty() && buffer.length > 0).then(|| RemoteRegion {
+                start: buffer.address,
+                end,
+                keys: keys.into(),
+            })
+        });
+        let regions = RangeMap::new(regions.collect());
+        let nics: Box<[Nic]> = nics
+            .into_iter()
+            .map(|nic| Nic {
+                name: nic.name,
+                address: nic.address.map(OnceLock::from).unwrap_or_default(),
+            })
+            .collect();
+        let peers = (0..rails * nics.len()).map(|_| AtomicU64::new(UNKNOWN)).collect();
+        Self { name, nics, regions, rails, peers }
+    }
+
+    /// The peer's NIC `nic` as rail `rail` knows it, if it has been connected.
+    pub fn peer(&self, rail: usize, nic: u16) -> Option<PeerAddress> {
+        match self.slot(rail, nic).load(Ordering::Acquire) {
+            UNKNOWN => None,
+            peer => Some(PeerAddress(peer)),
+        }
+    }
+
+    pub fn set_peer(&self, rail: usize, nic: u16, peer: PeerAddress) {
+        self.slot(rail, nic).store(peer.0, Ordering::Release);
+    }
+
+    /// Takes over the handshakes done for an older descriptor of the same peer, where that still
+    /// names the same NIC without an address.
+    pub fn inherit(&self, older: &Self) {
+        for nic in &self.nics {
+            let same = older.nics.iter().find(|old| old.name == nic.name);
+            if let (None, Some(address)) =
+                (nic.address.get(), same.and_then(|old| old.address.get()))
+            {
+                let _ = nic.address.set(address.clone());
+            }
+        }
+    }
+
+    fn slot(&self, rail: usize, nic: u16) -> &AtomicU64 {
+        debug_assert!(rail < self.rails);
+        &self.peers[rail * self.nics.len() + usize::from(nic)]
+    }
+}

@@ -1,0 +1,239 @@
+//! `fi_getinfo`: asking which endpoints there are.
+
+use std::ffi::{CStr, CString};
+use std::ptr::NonNull;
+
+use super::bindings as ffi;
+use super::load::Libfabric;
+use crate::error::{Code, Error, Result};
+
+/// What to ask for.
+#[derive(Clone, Debug, Default)]
+pub struct Query<'a> {
+    /// libfabric's provider name, for instance `efa` or `tcp;ofi_rxm`.
+    pub provider: &'a str,
+    /// Fabric name; the `efa` provider lists `efa-direct` first if it is not set.
+    pub fabric: Option<&'a str>,
+    /// Ask for device memory support (`FI_HMEM`).
+    pub hmem: bool,
+    /// Ask for `FI_DELIVERY_COMPLETE` as the default of every operation.
+    pub delivery_complete: bool,
+}
+
+/// One endpoint kind on one domain, as `fi_getinfo` describes it.
+pub struct Info {
+    pub(super) raw: NonNull<ffi::fi_info>,
+    pub(super) lib: &'static Libfabric,
+}
+
+// SAFETY: an owned C structure without thread affinity; we never change it after creation.
+unsafe impl Send for Info {}
+// SAFETY: as above; shared access only reads.
+unsafe impl Sync for Info {}
+
+impl Clone for Info {
+    fn clone(&self) -> Self {
+        // SAFETY: `raw` is whole; fi_dupinfo copies it deeply.
+        let copy = NonNull::new(unsafe { (self.lib.dupinfo)(self.raw.as_ptr()) });
+        Self { raw: copy.expect("fi_dupinfo: out of memory"), lib: self.lib }
+    }
+}
+
+impl Drop for Info {
+    fn drop(&mut self) {
+        // SAFETY: `raw` came from fi_dupinfo and is freed once.
+        unsafe { (self.lib.freeinfo)(self.raw.as_ptr()) }
+    }
+}
+
+const CAPS: u64 = (ffi::FI_MSG
+    | ffi::FI_RMA
+    | ffi::FI_READ
+    | ffi::FI_WRITE
+    | ffi::FI_REMOTE_READ
+    | ffi::FI_REMOTE_WRITE) as u64;
+const MODE: u64 = ffi::FI_CONTEXT | ffi::FI_CONTEXT2;
+const MR_MODE: u32 = ffi::FI_MR_LOCAL
+    | ffi::FI_MR_VIRT_ADDR
+    | ffi::FI_MR_ALLOCATED
+    | ffi::FI_MR_PROV_KEY
+    | ffi::FI_MR_ENDPOINT;
+
+impl Info {
+    /// All reliable-datagram RMA endpoints that match. An empty list if there are none.
+    pub fn query(lib: &'static Libfabric, query: &Query) -> Result<Vec<Self>> {
+        let hints = Self::hints(lib, query)?;
+        let mut list = std::ptr::null_mut();
+        // SAFETY: `hints` is a whole fi_info made by this library; node and service may be NULL.
+        let ret = unsafe {
+            (lib.getinfo)(
+                lib.api,
+                std::ptr::null(),
+                std::ptr::null(),
+                0,
+                hints.raw.as_ptr(),
+                &raw mut list,
+            )
+        };
+        if ret == -(ffi::FI_ENODATA as i32) {
+            return Ok(Vec::new());
+        }
+        if ret != 0 {
+            return Err(lib.error(Code::DeviceNotFound, "fi_getinfo", ret.into()));
+        }
+        let mut infos = Vec::new();
+        let mut next = list;
+        while let Some(raw) = NonNull::new(next) {
+            // SAFETY: list elements are valid until fi_freeinfo(list) below. fi_dupinfo copies one
+            // element, without its `next`.
+            unsafe {
+                next = raw.as_ref().next;
+                if let Some(copy) = NonNull::new((lib.dupinfo)(raw.as_ptr())) {
+                    infos.push(Self { raw: copy, lib });
+                }
+            }
+        }
+        // SAFETY: `list` came from fi_getinfo and nothing points into it any more.
+        unsafe { (lib.freeinfo)(list) };
+        Ok(infos)
+    }
+
+    fn hints(lib: &'static Libfabric, query: &Query) -> Result<Self> {
+        // SAFETY: fi_dupinfo(NULL) allocates an empty fi_info with all its attribute structures, in
+        // the sizes of the library's own version.
+        let raw = NonNull::new(unsafe { (lib.dupinfo)(std::ptr::null()) })
+            .ok_or_else(|| Error::new(Code::Memory, "fi_allocinfo: out of memory"))?;
+        let hints = Self { raw, lib };
+        // SAFETY: we own the structure; every field written exists since 1.17. Strings are from
+        // malloc because fi_freeinfo frees them.
+        unsafe {
+            let info = raw.as_ptr();
+            (*info).caps = CAPS | if query.hmem { ffi::FI_HMEM } else { 0 };
+            (*info).mode = MODE;
+            (*(*info).ep_attr).type_ = ffi::FI_EP_RDM;
+            let domain = (*info).domain_attr;
+            (*domain).mr_mode = (MR_MODE | if query.hmem { ffi::FI_MR_HMEM } else { 0 }) as i32;
+            (*domain).threading = ffi::FI_THREAD_DOMAIN;
+            (*domain).av_type = ffi::FI_AV_TABLE;
+            (*domain).resource_mgmt = ffi::FI_RM_ENABLED;
+            if query.delivery_complete {
+                (*(*info).tx_attr).op_flags = u64::from(ffi::FI_DELIVERY_COMPLETE);
+            }
+            (*(*info).fabric_attr).prov_name = c_string(query.provider)?;
+            if let Some(fabric) = query.fabric {
+                (*(*info).fabric_attr).name = c_string(fabric)?;
+            }
+        }
+        Ok(hints)
+    }
+
+    fn domain_attr(&self) -> &ffi::fi_domain_attr {
+        // SAFETY: fi_getinfo and fi_dupinfo always fill the attribute pointers.
+        unsafe { &*self.raw.as_ref().domain_attr }
+    }
+
+    fn tx_attr(&self) -> &ffi::fi_tx_attr {
+        // SAFETY: as in domain_attr.
+        unsafe { &*self.raw.as_ref().tx_attr }
+    }
+
+    fn fabric_attr(&self) -> &ffi::fi_fabric_attr {
+        // SAFETY: as in domain_attr.
+        unsafe { &*self.raw.as_ref().fabric_attr }
+    }
+
+    /// Provider name, for instance `efa`.
+    pub fn provider(&self) -> String {
+        string(self.fabric_attr().prov_name)
+    }
+
+    /// Fabric name, for instance `efa` or `efa-direct`.
+    pub fn fabric(&self) -> String {
+        string(self.fabric_attr().name)
+    }
+
+    /// Domain name, for instance `rdmap0s31-rdm` or `eth0`.
+    pub fn domain(&self) -> String {
+        string(self.domain_attr().name)
+    }
+
+    /// Transmit depth: how many operations the endpoint takes before it says "again".
+    pub fn tx_depth(&self) -> usize {
+        self.tx_attr().size
+    }
+
+    /// Longest single operation in bytes.
+    pub fn max_message(&self) -> u64 {
+        // SAFETY: as in domain_attr.
+        unsafe { (*self.raw.as_ref().ep_attr).max_msg_size as u64 }
+    }
+
+    /// Remote addresses are the target's virtual addresses; otherwise offsets into the region.
+    pub fn virtual_addresses(&self) -> bool {
+        self.has_mr_mode(ffi::FI_MR_VIRT_ADDR)
+    }
+
+    /// The provider chooses region keys; otherwise we do.
+    pub fn provider_keys(&self) -> bool {
+        self.has_mr_mode(ffi::FI_MR_PROV_KEY)
+    }
+
+    /// Local buffers need a descriptor of their registration.
+    pub fn local_descriptors(&self) -> bool {
+        self.has_mr_mode(ffi::FI_MR_LOCAL)
+    }
+
+    /// Regions are bound to an endpoint.
+    pub(super) fn endpoint_regions(&self) -> bool {
+        self.has_mr_mode(ffi::FI_MR_ENDPOINT)
+    }
+
+    /// Device memory can be registered.
+    pub fn device_memory(&self) -> bool {
+        // SAFETY: as in domain_attr.
+        unsafe { self.raw.as_ref().caps & ffi::FI_HMEM != 0 }
+    }
+
+    /// The operation's context must be memory of ours (`FI_CONTEXT`, `FI_CONTEXT2`).
+    pub fn needs_contexts(&self) -> bool {
+        // SAFETY: as in domain_attr.
+        unsafe { self.raw.as_ref().mode & (ffi::FI_CONTEXT | ffi::FI_CONTEXT2) != 0 }
+    }
+
+    /// Bytes of a region key that the provider can take.
+    pub fn key_bytes(&self) -> usize {
+        self.domain_attr().mr_key_size
+    }
+
+    /// The endpoint's addresses are IP ones.
+    pub fn speaks_ip(&self) -> bool {
+        // SAFETY: as in domain_attr.
+        let format = unsafe { self.raw.as_ref().addr_format };
+        format == ffi::FI_SOCKADDR_IN as u32 || self.is_ipv6()
+    }
+
+    /// The endpoint speaks IPv6 addresses.
+    pub fn is_ipv6(&self) -> bool {
+        // SAFETY: as in domain_attr.
+        unsafe { self.raw.as_ref().addr_format == ffi::FI_SOCKADDR_IN6 as u32 }
+    }
+
+    fn has_mr_mode(&self, bit: u32) -> bool {
+        self.domain_attr().mr_mode as u32 & bit != 0
+    }
+}
+
+fn c_string(text: &str) -> Result<*mut std::ffi::c_char> {
+    let text = CString::new(text)
+        .map_err(|_| Error::invalid(format!("{text:?} has a NUL byte in it")))?;
+    // SAFETY: a NUL-terminated string; the copy is owned by the fi_info it goes into.
+    Ok(unsafe { libc::strdup(text.as_ptr()) })
+}
+
+fn string(text: *const std::ffi::c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: libfabric's names are NUL-terminated and live as long as their fi_info.
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}

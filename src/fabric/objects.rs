@@ -1,0 +1,804 @@
+//! libfabric's objects. Each holds what it was made from, so it closes before it.
+
+use std::cell::UnsafeCell;
+use std::ffi::{CStr, c_int, c_void};
+use std::os::fd::RawFd;
+use std::ptr::{NonNull, null_mut};
+use std::sync::Arc;
+
+use super::bindings as ffi;
+use super::{Info, Libfabric, Memory};
+use crate::error::{Code, Error, Result};
+
+/// Longest endpoint address we handle; libfabric's are 16 to 64 bytes.
+const MAX_NAME: usize = 256;
+
+/// Calls a function of an object's table, or evaluates to `-FI_ENOSYS` where the provider has none.
+macro_rules! call {
+    ($object:expr, $table:ident . $function:ident ( $($argument:expr),* )) => {
+        match (*(*$object).$table).$function {
+            Some(function) => function($($argument),*),
+            None => -(ffi::FI_ENOSYS as i32) as _,
+        }
+    };
+}
+
+/// Closes an object; a refusal is logged, since nothing else can be done about it.
+///
+/// # Safety
+/// `fid` is open, closed only once, and nothing made from it is still open.
+unsafe fn close(fid: *mut ffi::fid, what: &str) {
+    // SAFETY: an open object always has its function table.
+    let ret: c_int = unsafe { call!(fid, ops.close(fid)) };
+    if ret != 0 {
+        log::warn!("closing a libfabric {what} failed: error {ret}");
+    }
+}
+
+/// A fabric: the network that domains are opened on.
+pub struct Fabric {
+    raw: NonNull<ffi::fid_fabric>,
+    lib: &'static Libfabric,
+}
+
+// SAFETY: fabrics are thread-safe in libfabric under every threading level.
+unsafe impl Send for Fabric {}
+// SAFETY: as above.
+unsafe impl Sync for Fabric {}
+
+impl Fabric {
+    /// Opens the fabric that `info` names.
+    pub fn open(info: &Info) -> Result<Arc<Self>> {
+        let mut raw = null_mut();
+        // SAFETY: `info` is whole; fi_fabric reads its fabric_attr and writes one pointer.
+        let ret = unsafe {
+            (info.lib.fabric)(info.raw.as_ref().fabric_attr, &raw mut raw, null_mut())
+        };
+        let raw = opened(info.lib, "fi_fabric", ret, raw)?;
+        Ok(Arc::new(Self { raw, lib: info.lib }))
+    }
+}
+
+impl Drop for Fabric {
+    fn drop(&mut self) {
+        // SAFETY: every object made from the fabric holds an Arc of it, so they are gone.
+        unsafe { close(&raw mut (*self.raw.as_ptr()).fid, "fabric") }
+    }
+}
+
+/// A domain: one network device, opened.
+pub struct Domain {
+    raw: NonNull<ffi::fid_domain>,
+    fabric: Arc<Fabric>,
+}
+
+// SAFETY: FI_THREAD_DOMAIN asks that one thread at a time uses the domain and its objects; the nic
+// room keeps them all behind one lock (see the module's documentation).
+unsafe impl Send for Domain {}
+// SAFETY: as above: the Arcs that make this necessary live inside one nic.
+unsafe impl Sync for Domain {}
+
+impl Domain {
+    /// Opens the domain that `info` describes.
+    pub fn open(fabric: &Arc<Fabric>, info: &Info) -> Result<Arc<Self>> {
+        let mut raw = null_mut();
+        // SAFETY: the fabric is open; `info` is whole and outlives the call.
+        let ret: c_int = unsafe {
+            let fabric = fabric.raw.as_ptr();
+            call!(fabric, ops.domain(fabric, info.raw.as_ptr(), &raw mut raw, null_mut()))
+        };
+        let raw = opened(fabric.lib, "fi_domain", ret, raw)?;
+        Ok(Arc::new(Self { raw, fabric: fabric.clone() }))
+    }
+
+    fn lib(&self) -> &'static Libfabric {
+        self.fabric.lib
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        // SAFETY: every object made from the domain holds an Arc of it, so they are gone.
+        unsafe { close(&raw mut (*self.raw.as_ptr()).fid, "domain") }
+    }
+}
+
+/// Where errors go that belong to no operation of ours. An endpoint without one lets the `efa`
+/// provider abort the process (`efa_base_ep_write_eq_error`).
+pub struct EventQueue {
+    raw: NonNull<ffi::fid_eq>,
+    fabric: Arc<Fabric>,
+}
+
+// SAFETY: as for Domain.
+unsafe impl Send for EventQueue {}
+// SAFETY: as for Domain.
+unsafe impl Sync for EventQueue {}
+
+impl EventQueue {
+    /// Opens an event queue without a wait object.
+    pub fn open(fabric: &Arc<Fabric>) -> Result<Arc<Self>> {
+        let mut raw = null_mut();
+        // SAFETY: zero is a valid value for every field of fi_eq_attr.
+        let mut attr: ffi::fi_eq_attr = unsafe { std::mem::zeroed() };
+        attr.wait_obj = ffi::FI_WAIT_NONE;
+        // SAFETY: the fabric is open; the attributes outlive the call.
+        let ret: c_int = unsafe {
+            let fabric = fabric.raw.as_ptr();
+            call!(fabric, ops.eq_open(fabric, &raw mut attr, &raw mut raw, null_mut()))
+        };
+        let raw = opened(fabric.lib, "fi_eq_open", ret, raw)?;
+        Ok(Arc::new(Self { raw, fabric: fabric.clone() }))
+    }
+
+    /// Takes one event: its error in words, or `None` when the queue is empty. Events that are not
+    /// errors mean nothing to a connectionless endpoint and are dropped.
+    pub fn next_error(&self) -> Option<String> {
+        let mut event = 0_u32;
+        let mut buffer = [0_u8; 256];
+        loop {
+            // SAFETY: the queue is open; the buffer and its length belong together.
+            let ret: isize = unsafe {
+                let eq = self.raw.as_ptr();
+                call!(eq, ops.read(eq, &raw mut event, buffer.as_mut_ptr().cast(), buffer.len(), 0))
+            };
+            if ret > 0 {
+                continue;
+            }
+            if ret != -(ffi::FI_EAVAIL as isize) {
+                return None;
+            }
+            // SAFETY: zero is valid for every field; err_data of NULL and size 0 means "none wanted".
+            let mut entry: ffi::fi_eq_err_entry = unsafe { std::mem::zeroed() };
+            // SAFETY: the queue is open and `entry` is whole.
+            let ret: isize = unsafe {
+                let eq = self.raw.as_ptr();
+                call!(eq, ops.readerr(eq, &raw mut entry, 0))
+            };
+            if ret <= 0 {
+                return None;
+            }
+            return Some(format!(
+                "{} (error {}, provider's {})",
+                self.fabric.lib.strerror(entry.err),
+                entry.err,
+                entry.prov_errno
+            ));
+        }
+    }
+}
+
+impl Drop for EventQueue {
+    fn drop(&mut self) {
+        // SAFETY: endpoints bound to it hold an Arc of it, so they are gone.
+        unsafe { close(&raw mut (*self.raw.as_ptr()).fid, "event queue") }
+    }
+}
+
+/// One completion as the provider gave it: the context of an operation.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Completed(*mut c_void);
+
+impl Default for Completed {
+    fn default() -> Self {
+        Self(null_mut())
+    }
+}
+
+// SAFETY: a number to compare with; it is never dereferenced.
+unsafe impl Send for Completed {}
+
+/// An operation that ended with an error.
+#[derive(Clone, Debug)]
+pub struct CompletionError {
+    context: usize,
+    /// libfabric's errno, positive.
+    pub errno: i32,
+    /// The provider's own number; for `efa` the device's completion status.
+    pub provider_errno: i32,
+    /// Both in words.
+    pub text: String,
+}
+
+/// Where finished operations are reported.
+pub struct CompletionQueue {
+    raw: NonNull<ffi::fid_cq>,
+    domain: Arc<Domain>,
+    size: usize,
+    fd: Option<RawFd>,
+}
+
+// SAFETY: as for Domain.
+unsafe impl Send for CompletionQueue {}
+// SAFETY: as for Domain.
+unsafe impl Sync for CompletionQueue {}
+
+impl CompletionQueue {
+    /// Opens a queue of at least `size` entries, with a file descriptor to wait on if the provider
+    /// has one.
+    pub fn open(domain: &Arc<Domain>, size: usize) -> Result<Arc<Self>> {
+        Self::open_with(domain, size, ffi::FI_WAIT_FD)
+            .or_else(|_| Self::open_with(domain, size, ffi::FI_WAIT_NONE))
+            .map(Arc::new)
+    }
+
+    fn open_with(domain: &Arc<Domain>, size: usize, wait: ffi::fi_wait_obj) -> Result<Self> {
+        let lib = domain.lib();
+        // SAFETY: zero is a valid value for every field of fi_cq_attr.
+        let mut attr: ffi::fi_cq_attr = unsafe { std::mem::zeroed() };
+        attr.size = size;
+        attr.format = ffi::FI_CQ_FORMAT_CONTEXT;
+        attr.wait_obj = wait;
+        let mut raw = null_mut();
+        // SAFETY: the domain is open; the attributes outlive the call.
+        let ret: c_int = unsafe {
+            let domain = domain.raw.as_ptr();
+            call!(domain, ops.cq_open(domain, &raw mut attr, &raw mut raw, null_mut()))
+        };
+        let raw: NonNull<ffi::fid_cq> = opened(lib, "fi_cq_open", ret, raw)?;
+        // Providers write the real depth back; one that does not leaves what was asked for.
+        let mut queue = Self { raw, domain: domain.clone(), size: attr.size.max(1), fd: None };
+        if wait == ffi::FI_WAIT_FD {
+            let mut fd: c_int = -1;
+            // SAFETY: FI_GETWAIT on a queue with FI_WAIT_FD writes one int.
+            let ret: c_int = unsafe {
+                let fid = &raw mut (*queue.raw.as_ptr()).fid;
+                call!(fid, ops.control(fid, ffi::FI_GETWAIT as c_int, (&raw mut fd).cast()))
+            };
+            if ret != 0 || fd < 0 {
+                return Err(lib.error(Code::Context, "fi_control(FI_GETWAIT)", ret.into()));
+            }
+            queue.fd = Some(fd);
+        }
+        Ok(queue)
+    }
+
+    /// Entries it holds.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// What to wait on, if the provider has it. Valid while the queue is.
+    pub fn fd(&self) -> Option<RawFd> {
+        self.fd
+    }
+
+    /// Whether sleeping on [`Self::fd`] is safe now: no completion is ready already.
+    pub fn may_sleep(&self) -> bool {
+        let mut fids = [self.raw.as_ptr().cast::<ffi::fid>()];
+        // SAFETY: a queue's first field is its fid; the array has one element, as said.
+        let ret: c_int = unsafe {
+            let fabric = self.domain.fabric.raw.as_ptr();
+            call!(fabric, ops.trywait(fabric, fids.as_mut_ptr(), 1))
+        };
+        ret == 0
+    }
+
+    /// Takes finished operations into `out` and makes the provider progress. The count taken, 0 if
+    /// there are none; an error ready to be taken is `Err(None)` (then call [`Self::read_error`]);
+    /// `Err(Some(errno))` is a failure of the queue itself.
+    pub fn read(&self, out: &mut [Completed]) -> std::result::Result<usize, Option<i32>> {
+        // SAFETY: Completed is one pointer, as struct fi_cq_entry; the length is the buffer's.
+        let ret: isize = unsafe {
+            let cq = self.raw.as_ptr();
+            call!(cq, ops.read(cq, out.as_mut_ptr().cast(), out.len()))
+        };
+        match ret {
+            count if count >= 0 => Ok(count as usize),
+            again if again == -(ffi::FI_EAGAIN as isize) => Ok(0),
+            error if error == -(ffi::FI_EAVAIL as isize) => Err(None),
+            other => Err(Some(i32::try_from(-other).unwrap_or(i32::MAX))),
+        }
+    }
+
+    /// Takes one failed operation.
+    pub fn read_error(&self) -> Option<CompletionError> {
+        // SAFETY: zero is valid for every field; err_data of NULL and size 0 means "none wanted".
+        let mut entry: ffi::fi_cq_err_entry = unsafe { std::mem::zeroed() };
+        // SAFETY: the queue is open and `entry` is whole.
+        let ret: isize = unsafe {
+            let cq = self.raw.as_ptr();
+            call!(cq, ops.readerr(cq, &raw mut entry, 0))
+        };
+        if ret <= 0 {
+            return None;
+        }
+        let mut words = [0; 256];
+        let size = words.len();
+        // SAFETY: fi_cq_strerror reads err_data as readerr left it and writes within the buffer.
+        let detail: *const std::ffi::c_char = unsafe {
+            match (*(*self.raw.as_ptr()).ops).strerror {
+                Some(function) => function(
+                    self.raw.as_ptr(),
+                    entry.prov_errno,
+                    entry.err_data,
+                    words.as_mut_ptr(),
+                    size,
+                ),
+                None => std::ptr::null(),
+            }
+        };
+        let detail = if detail.is_null() {
+            String::new()
+        } else {
+            // SAFETY: a NUL-terminated string: static, or in our buffer.
+            unsafe { CStr::from_ptr(detail) }.to_string_lossy().into_owned()
+        };
+        Some(CompletionError {
+            context: entry.op_context as usize,
+            errno: entry.err,
+            provider_errno: entry.prov_errno,
+            text: format!(
+                "{} (error {}, provider's {}: {detail})",
+                self.domain.lib().strerror(entry.err),
+                entry.err,
+                entry.prov_errno
+            ),
+        })
+    }
+}
+
+impl Drop for CompletionQueue {
+    fn drop(&mut self) {
+        // SAFETY: endpoints bound to it hold an Arc of it, so they are gone.
+        unsafe { close(&raw mut (*self.raw.as_ptr()).fid, "completion queue") }
+    }
+}
+
+/// A peer in an address vector (`fi_addr_t`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerAddress(pub u64);
+
+/// The peers that an endpoint can reach.
+pub struct AddressVector {
+    raw: NonNull<ffi::fid_av>,
+    domain: Arc<Domain>,
+}
+
+// SAFETY: as for Domain.
+unsafe impl Send for AddressVector {}
+// SAFETY: as for Domain.
+unsafe impl Sync for AddressVector {}
+
+impl AddressVector {
+    /// Opens an address vector sized for `count` peers, or in the provider's default size where
+    /// that is too many for it.
+    pub fn open(domain: &Arc<Domain>, count: usize) -> Result<Arc<Self>> {
+        Self::open_with(domain, count).or_else(|_| Self::open_with(domain, 0))
+    }
+
+    fn open_with(domain: &Arc<Domain>, count: usize) -> Result<Arc<Self>> {
+        // SAFETY: zero is a valid value for every field of fi_av_attr.
+        let mut attr: ffi::fi_av_attr = unsafe { std::mem::zeroed() };
+        attr.type_ = ffi::FI_AV_TABLE;
+        attr.count = count;
+        let mut raw = null_mut();
+        // SAFETY: the domain is open; the attributes outlive the call.
+        let ret: c_int = unsafe {
+            let domain = domain.raw.as_ptr();
+            call!(domain, ops.av_open(domain, &raw mut attr, &raw mut raw, null_mut()))
+        };
+        let raw = opened(domain.lib(), "fi_av_open", ret, raw)?;
+        Ok(Arc::new(Self { raw, domain: domain.clone() }))
+    }
+
+    /// Adds a peer by its endpoint's address, as [`Endpoint::address`] gives it.
+    pub fn insert(&self, address: &[u8]) -> Result<PeerAddress> {
+        if address.is_empty() || address.len() > MAX_NAME {
+            return Err(Error::new(
+                Code::Endpoint,
+                format!("a peer's endpoint address of {} bytes cannot be right", address.len()),
+            ));
+        }
+        // Providers read as many bytes as their own addresses have, whatever we were sent.
+        let mut padded = [0_u8; MAX_NAME];
+        padded[..address.len()].copy_from_slice(address);
+        let mut peer: ffi::fi_addr_t = u64::MAX;
+        // SAFETY: one address in, one fi_addr_t out, both outlive the call (no FI_EVENT: it is
+        // synchronous).
+        let ret: c_int = unsafe {
+            let av = self.raw.as_ptr();
+            call!(av, ops.insert(av, padded.as_ptr().cast(), 1, &raw mut peer, 0, null_mut()))
+        };
+        if ret != 1 || peer == u64::MAX {
+            // A count of 0 carries no errno of its own.
+            let ret = if ret < 0 { ret } else { -(ffi::FI_EADDRNOTAVAIL as i32) };
+            return Err(self.domain.lib().error(Code::Endpoint, "fi_av_insert", ret.into()));
+        }
+        Ok(PeerAddress(peer))
+    }
+
+    /// Removes a peer. No operation to it may be in flight, and the endpoint must still be open.
+    pub fn remove(&self, peer: PeerAddress) -> Result<()> {
+        let mut raw: ffi::fi_addr_t = peer.0;
+        // SAFETY: one fi_addr_t that `insert` returned.
+        let ret: c_int = unsafe {
+            let av = self.raw.as_ptr();
+            call!(av, ops.remove(av, &raw mut raw, 1, 0))
+        };
+        done(self.domain.lib(), Code::Endpoint, "fi_av_remove", ret)
+    }
+}
+
+impl Drop for AddressVector {
+    fn drop(&mut self) {
+        // SAFETY: endpoints bound to it hold an Arc of it, so they are gone.
+        unsafe { close(&raw mut (*self.raw.as_ptr()).fid, "address vector") }
+    }
+}
+
+/// What kind of memory a region is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// Host memory.
+    Host,
+    /// Memory of this CUDA device.
+    Cuda(i32),
+}
+
+/// Registered memory: what operations read and write, here and on peers that know its key.
+pub struct MemoryRegion {
+    /// `None` once closed.
+    raw: Option<NonNull<ffi::fid_mr>>,
+    key: u64,
+    address: u64,
+    length: u64,
+    descriptor: *mut c_void,
+    _memory: Memory,
+    endpoint: Option<Arc<Bound>>,
+    domain: Arc<Domain>,
+}
+
+// SAFETY: as for Domain; `descriptor` is a number to hand back to the provider.
+unsafe impl Send for MemoryRegion {}
+
+impl MemoryRegion {
+    /// Registers `memory`. `key` is used where the provider does not choose keys itself.
+    pub fn register(
+        endpoint: &Endpoint,
+        info: &Info,
+        memory: &Memory,
+        kind: MemoryKind,
+        key: u64,
+    ) -> Result<Self> {
+        let domain = &endpoint.bound.domain;
+        let lib = domain.lib();
+        let iov = ffi::iovec {
+            iov_base: memory.address() as *mut c_void,
+            iov_len: memory.length() as usize,
+        };
+        // SAFETY: zero is a valid value for every field of fi_mr_attr.
+        let mut attr: ffi::fi_mr_attr = unsafe { std::mem::zeroed() };
+        attr.__bindgen_anon_1.mr_iov = &raw const iov;
+        attr.iov_count = 1;
+        attr.access = u64::from(
+            ffi::FI_READ | ffi::FI_WRITE | ffi::FI_REMOTE_READ | ffi::FI_REMOTE_WRITE,
+        );
+        attr.requested_key = key;
+        if let MemoryKind::Cuda(device) = kind {
+            attr.iface = ffi::FI_HMEM_CUDA;
+            attr.device.cuda = device;
+        }
+        let mut raw = null_mut();
+        // SAFETY: the domain is open; attributes and iovec outlive the call; that the range stays
+        // mapped is the promise a Memory stands for.
+        let ret: c_int = unsafe {
+            let fid = &raw mut (*domain.raw.as_ptr()).fid;
+            match (*(*domain.raw.as_ptr()).mr).regattr {
+                Some(function) => function(fid, &raw const attr, 0, &raw mut raw),
+                None => -(ffi::FI_ENOSYS as c_int),
+            }
+        };
+        let raw: NonNull<ffi::fid_mr> = opened(lib, "fi_mr_regattr", ret, raw)
+            .map_err(|error| Error { code: Code::Memory, ..error })?;
+        let mut region = Self {
+            raw: Some(raw),
+            key: 0,
+            address: memory.address(),
+            length: memory.length(),
+            descriptor: null_mut(),
+            _memory: memory.clone(),
+            endpoint: None,
+            domain: domain.clone(),
+        };
+        if info.endpoint_regions() {
+            region.endpoint = Some(endpoint.bound.clone());
+            // SAFETY: both objects are open.
+            let ret: c_int = unsafe {
+                let fid = &raw mut (*raw.as_ptr()).fid;
+                let ep = &raw mut (*endpoint.bound.raw.as_ptr()).fid;
+                call!(fid, ops.bind(fid, ep, 0))
+            };
+            done(lib, Code::Memory, "fi_mr_bind", ret)?;
+            // SAFETY: the region is open; FI_ENABLE takes no argument.
+            let ret: c_int = unsafe {
+                let fid = &raw mut (*raw.as_ptr()).fid;
+                call!(fid, ops.control(fid, ffi::FI_ENABLE as c_int, null_mut()))
+            };
+            done(lib, Code::Memory, "fi_mr_enable", ret)?;
+        }
+        // SAFETY: the region is open (and enabled, where that is needed).
+        region.key = unsafe { (*raw.as_ptr()).key };
+        if info.local_descriptors() || kind != MemoryKind::Host {
+            // SAFETY: as above.
+            region.descriptor = unsafe { (*raw.as_ptr()).mem_desc };
+        }
+        Ok(region)
+    }
+
+    /// The key that peers use.
+    pub fn key(&self) -> u64 {
+        self.key
+    }
+
+    /// Ends the registration; the provider's refusal is the error.
+    pub fn close(mut self) -> Result<()> {
+        let lib = self.domain.lib();
+        done(lib, Code::Memory, "fi_close of a memory region", self.close_once())
+    }
+
+    fn close_once(&mut self) -> c_int {
+        match self.raw.take() {
+            // SAFETY: open; taken, so it is closed only once.
+            Some(raw) => unsafe {
+                let fid = &raw mut (*raw.as_ptr()).fid;
+                call!(fid, ops.close(fid))
+            },
+            None => 0,
+        }
+    }
+}
+
+impl Drop for MemoryRegion {
+    fn drop(&mut self) {
+        let ret = self.close_once();
+        if ret != 0 {
+            log::warn!("closing a memory region failed: {}", self.domain.lib().strerror(ret));
+        }
+    }
+}
+
+/// One RMA operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Operation {
+    /// Write to the peer; otherwise read from it.
+    pub write: bool,
+    /// Local address.
+    pub local: u64,
+    /// Bytes.
+    pub length: usize,
+    /// The peer.
+    pub peer: PeerAddress,
+    /// Remote virtual address or offset, as the provider wants it.
+    pub remote: u64,
+    /// The remote region's key.
+    pub key: u64,
+    /// Which of the endpoint's contexts it uses; not in use by another operation in flight.
+    pub context: u32,
+}
+
+/// How a post went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Post {
+    /// The provider has it; a completion will follow.
+    Done,
+    /// Not now: read completions, then post again.
+    Again,
+    /// Refused with this errno; no completion will follow.
+    Failed(i32),
+}
+
+/// Memory that the provider may use as its own while an operation is in flight.
+type Contexts = Box<[UnsafeCell<ffi::fi_context2>]>;
+
+struct Bound {
+    raw: NonNull<ffi::fid_ep>,
+    contexts: Contexts,
+    queue: Arc<CompletionQueue>,
+    _addresses: Arc<AddressVector>,
+    _events: Option<Arc<EventQueue>>,
+    domain: Arc<Domain>,
+}
+
+// SAFETY: as for Domain.
+unsafe impl Send for Bound {}
+// SAFETY: as for Domain.
+unsafe impl Sync for Bound {}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        // SAFETY: regions bound to it hold an Arc of it; the queues and vectors it is bound to are
+        // closed after it, when the fields drop.
+        unsafe { close(&raw mut (*self.raw.as_ptr()).fid, "endpoint") }
+    }
+}
+
+/// A reliable-datagram endpoint, enabled, with contexts for its operations.
+pub struct Endpoint {
+    bound: Arc<Bound>,
+}
+
+impl Endpoint {
+    /// Opens and enables an endpoint with `contexts` operation contexts. `configure` is called
+    /// before it is enabled, for options.
+    pub fn open(
+        info: &Info,
+        queue: &Arc<CompletionQueue>,
+        addresses: &Arc<AddressVector>,
+        events: Option<&Arc<EventQueue>>,
+        contexts: usize,
+        configure: impl FnOnce(&Self),
+    ) -> Result<Self> {
+        let domain = &queue.domain;
+        let lib = domain.lib();
+        let mut raw = null_mut();
+        // SAFETY: the domain is open; `info` is whole and outlives the call.
+        let ret: c_int = unsafe {
+            let domain = domain.raw.as_ptr();
+            call!(domain, ops.endpoint(domain, info.raw.as_ptr(), &raw mut raw, null_mut()))
+        };
+        let raw = opened(lib, "fi_endpoint", ret, raw)?;
+        // SAFETY: fi_context2 is plain memory; zero is a valid value.
+        let zero = || UnsafeCell::new(unsafe { std::mem::zeroed::<ffi::fi_context2>() });
+        let mut bound = Bound {
+            raw,
+            contexts: std::iter::repeat_with(zero).take(contexts).collect(),
+            queue: queue.clone(),
+            _addresses: addresses.clone(),
+            _events: None,
+            domain: domain.clone(),
+        };
+        let transmit = u64::from(ffi::FI_TRANSMIT | ffi::FI_RECV);
+        let bind = |fid: *mut ffi::fid, flags: u64| -> c_int {
+            // SAFETY: both objects are open.
+            unsafe {
+                let ep = &raw mut (*raw.as_ptr()).fid;
+                call!(ep, ops.bind(ep, fid, flags))
+            }
+        };
+        done(lib, Code::Endpoint, "fi_ep_bind of the completion queue", bind(queue.raw.as_ptr().cast(), transmit))?;
+        done(lib, Code::Endpoint, "fi_ep_bind of the address vector", bind(addresses.raw.as_ptr().cast(), 0))?;
+        if let Some(events) = events {
+            // Software providers that never use one may refuse it; `efa` takes it.
+            match bind(events.raw.as_ptr().cast(), 0) {
+                0 => bound._events = Some(events.clone()),
+                ret => log::debug!("{}: no event queue on endpoints ({ret})", info.provider()),
+            }
+        }
+        let endpoint = Self { bound: Arc::new(bound) };
+        configure(&endpoint);
+        // SAFETY: the endpoint is open; FI_ENABLE takes no argument.
+        let ret: c_int = unsafe {
+            let fid = &raw mut (*raw.as_ptr()).fid;
+            call!(fid, ops.control(fid, ffi::FI_ENABLE as c_int, null_mut()))
+        };
+        done(lib, Code::Endpoint, "fi_enable", ret)?;
+        Ok(endpoint)
+    }
+
+    /// Sets `FI_OPT_SHARED_MEMORY_PERMITTED`; false if the provider does not know the option.
+    pub fn set_shared_memory(&self, permitted: bool) -> bool {
+        self.set_option(ffi::FI_OPT_SHARED_MEMORY_PERMITTED as c_int, permitted)
+    }
+
+    /// Sets `FI_OPT_CUDA_API_PERMITTED`; false if the provider does not know the option.
+    pub fn set_cuda_api(&self, permitted: bool) -> bool {
+        self.set_option(ffi::FI_OPT_CUDA_API_PERMITTED as c_int, permitted)
+    }
+
+    /// Whether the `efa` provider emulates (writes, reads) in software; `None` if it does not say.
+    pub fn emulation(&self) -> (Option<bool>, Option<bool>) {
+        (
+            self.option(ffi::FI_OPT_EFA_EMULATED_WRITE as c_int),
+            self.option(ffi::FI_OPT_EFA_EMULATED_READ as c_int),
+        )
+    }
+
+    fn set_option(&self, name: c_int, value: bool) -> bool {
+        // SAFETY: the endpoint is open; the option's value is one bool.
+        let ret: c_int = unsafe {
+            let ep = self.bound.raw.as_ptr();
+            let value = (&raw const value).cast();
+            call!(ep, ops.setopt(&raw mut (*ep).fid, ffi::FI_OPT_ENDPOINT as c_int, name, value, 1))
+        };
+        ret == 0
+    }
+
+    fn option(&self, name: c_int) -> Option<bool> {
+        let mut value = 0_u8;
+        let mut size = 1_usize;
+        // SAFETY: the endpoint is open; at most `size` bytes are written.
+        let ret: c_int = unsafe {
+            let ep = self.bound.raw.as_ptr();
+            call!(
+                ep,
+                ops.getopt(
+                    &raw mut (*ep).fid,
+                    ffi::FI_OPT_ENDPOINT as c_int,
+                    name,
+                    (&raw mut value).cast(),
+                    &raw mut size
+                )
+            )
+        };
+        (ret == 0).then_some(value != 0)
+    }
+
+    /// The endpoint's address, for peers' [`AddressVector::insert`].
+    pub fn address(&self) -> Result<Vec<u8>> {
+        let mut name = vec![0_u8; MAX_NAME];
+        let mut length = name.len();
+        // SAFETY: the endpoint is enabled; at most `length` bytes are written.
+        let ret: c_int = unsafe {
+            let ep = self.bound.raw.as_ptr();
+            call!(ep, cm.getname(&raw mut (*ep).fid, name.as_mut_ptr().cast(), &raw mut length))
+        };
+        done(self.bound.domain.lib(), Code::Endpoint, "fi_getname", ret)?;
+        name.truncate(length);
+        Ok(name)
+    }
+
+    /// Posts an operation on memory inside `region`. The region must stay open until the
+    /// completion.
+    #[inline]
+    pub fn post(&self, region: &MemoryRegion, op: &Operation) -> Post {
+        let inside = op.local.wrapping_sub(region.address) <= region.length
+            && op.length as u64 <= region.length - op.local.wrapping_sub(region.address);
+        let Some(context) = self.bound.contexts.get(op.context as usize).filter(|_| inside) else {
+            return Post::Failed(ffi::FI_EINVAL as i32);
+        };
+        let ep = self.bound.raw.as_ptr();
+        let context = context.get().cast::<c_void>();
+        let (peer, buffer) = (op.peer.0, op.local as *mut c_void);
+        // SAFETY: the endpoint is enabled and used by one thread; the local range is inside a live
+        // registration (checked above; kept by the caller until the completion); the context lives
+        // as long as the endpoint.
+        let ret: isize = unsafe {
+            if op.write {
+                call!(ep, rma.write(ep, buffer, op.length, region.descriptor, peer, op.remote, op.key, context))
+            } else {
+                call!(ep, rma.read(ep, buffer, op.length, region.descriptor, peer, op.remote, op.key, context))
+            }
+        };
+        match ret {
+            0 => Post::Done,
+            again if again == -(ffi::FI_EAGAIN as isize) => Post::Again,
+            error => Post::Failed(i32::try_from(-error).unwrap_or(i32::MAX)),
+        }
+    }
+
+    /// Which context a completion belongs to; `None` for one that is not an operation of ours.
+    #[inline]
+    pub fn context_of(&self, completed: Completed) -> Option<u32> {
+        self.index_of(completed.0 as usize)
+    }
+
+    /// As [`Self::context_of`], for an error.
+    pub fn context_of_error(&self, error: &CompletionError) -> Option<u32> {
+        self.index_of(error.context)
+    }
+
+    fn index_of(&self, context: usize) -> Option<u32> {
+        let offset = context.wrapping_sub(self.bound.contexts.as_ptr() as usize);
+        let index = offset / size_of::<ffi::fi_context2>();
+        (offset % size_of::<ffi::fi_context2>() == 0 && index < self.bound.contexts.len())
+            .then_some(index as u32)
+    }
+
+    /// The queue that its completions go to.
+    pub fn queue(&self) -> &CompletionQueue {
+        &self.bound.queue
+    }
+}
+
+fn opened<T>(lib: &Libfabric, what: &str, ret: c_int, raw: *mut T) -> Result<NonNull<T>> {
+    match NonNull::new(raw) {
+        Some(raw) if ret == 0 => Ok(raw),
+        _ => Err(lib.error(Code::Context, what, ret.into())),
+    }
+}
+
+fn done(lib: &Libfabric, code: Code, what: &str, ret: c_int) -> Result<()> {
+    if ret == 0 { Ok(()) } else { Err(lib.error(code, what, ret.into())) }
+}

@@ -1,0 +1,87 @@
+//! Which memory is whose. The CUDA driver is asked only if the process has loaded it already:
+//! without it there is no device pointer to ask about.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_int, c_uint, c_void};
+
+use crate::error::{Code, Error, Result};
+use crate::fabric::MemoryKind;
+
+// From cuda.h: CUpointer_attribute and CUmemorytype.
+const POINTER_MEMORY_TYPE: c_uint = 2;
+const POINTER_IS_MANAGED: c_uint = 8;
+const POINTER_DEVICE_ORDINAL: c_uint = 9;
+const MEMORY_TYPE_DEVICE: c_uint = 2;
+
+type PointerGetAttribute = unsafe extern "C" fn(*mut c_void, c_uint, u64) -> c_int;
+
+/// Whether the CUDA driver is in this process.
+pub fn cuda_loaded() -> bool {
+    driver().is_some()
+}
+
+/// The kind of memory at `address`.
+///
+/// # Errors
+/// [`Code::NotImplemented`] for CUDA managed memory, which moves between host and device under a
+/// registration.
+pub fn kind_of(address: u64) -> Result<MemoryKind> {
+    let Some(get_attribute) = driver() else {
+        return Ok(MemoryKind::Host);
+    };
+    let ask = |attribute: c_uint| {
+        let mut value: u64 = 0;
+        // SAFETY: the driver writes at most 8 bytes (an unsigned int or a bool for these
+        // attributes); any address may be asked about, an unknown one is an error.
+        let ret = unsafe { get_attribute((&raw mut value).cast(), attribute, address) };
+        (ret == 0).then_some(value as u32)
+    };
+    // An error means that the driver does not know the pointer: plain host memory.
+    if ask(POINTER_MEMORY_TYPE) != Some(MEMORY_TYPE_DEVICE) {
+        return Ok(MemoryKind::Host);
+    }
+    if ask(POINTER_IS_MANAGED).is_some_and(|managed| managed & 0xff != 0) {
+        return Err(Error::new(
+            Code::NotImplemented,
+            format!(
+                "memory at {address:#x} is CUDA managed memory, which cannot be registered; \
+                 allocate it with cudaMalloc or on the host"
+            ),
+        ));
+    }
+    Ok(MemoryKind::Cuda(ask(POINTER_DEVICE_ORDINAL).unwrap_or(0) as i32))
+}
+
+fn driver() -> Option<PointerGetAttribute> {
+    // SAFETY: NUL-terminated names; RTLD_NOLOAD only finds what is loaded already.
+    let symbol = unsafe {
+        let name: &CStr = c"libcuda.so.1";
+        let handle = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD);
+        if handle.is_null() {
+            return None;
+        }
+        libc::dlsym(handle, c"cuPointerGetAttribute".as_ptr())
+    };
+    // SAFETY: the driver's function of this name has this C signature.
+    (!symbol.is_null())
+        .then(|| unsafe { std::mem::transmute::<*mut c_void, PointerGetAttribute>(symbol) })
+}
+
+/// The NUMA node of the page at `address`, if the kernel tells. A page not there yet is put where a
+/// read by this thread would put it.
+pub fn numa_node(address: u64) -> Option<u32> {
+    const NODE_OF_ADDRESS: libc::c_ulong = 0x1 | 0x2; // MPOL_F_NODE | MPOL_F_ADDR
+    let mut node: c_int = -1;
+    // SAFETY: the kernel writes one int; it checks the address itself.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_get_mempolicy,
+            &raw mut node,
+            std::ptr::null_mut::<c_void>(),
+            0_usize,
+            address as *mut c_void,
+            NODE_OF_ADDRESS,
+        )
+    };
+    (ret == 0).then(|| u32::try_from(node).ok()).flatten()
+}

@@ -1,0 +1,19 @@
+//! `mooncake-efa` moves memory between hosts over libfabric (AWS EFA first) and takes the place of
+//! the C++ `EfaTransport` in Mooncake's TransferEngine.
+//!
+//! Rooms, each calling only the next: [`transport`] (the Rust door; `capi` is the C one) →
+//! [`engine`] (batches, requests, slices) → `nic` (one network device) → `fabric` (libfabric).
+#![deny(unsafe_code)]
+
+pub mod config;
+pub mod engine;
+pub mod error;
+pub mod fabric;
+mod hmem;
+pub mod nic;
+pub mod segment;
+pub mod stats;
+pub mod topology;
+pub mod transport;
+
+pub use error::{Code, Error, Result};

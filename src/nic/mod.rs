@@ -1,0 +1,337 @@
+//! One network device: its endpoint, peers and registered memory.
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::engine::{Completion, Nic, Operation, PeerAddress, Post};
+use crate::error::{Code, Error, Result};
+use crate::fabric::{
+    self, AddressVector, Completed, CompletionQueue, Domain, Endpoint, EventQueue, Fabric, Info,
+    Libfabric, Memory, MemoryKind, MemoryRegion, Query,
+};
+use crate::hmem;
+
+/// Completions taken at once.
+const BATCH: usize = 64;
+/// A slot's context is one of this many in turn, so that a completion that comes twice, or late, is
+/// not taken for the slot's next operation.
+const GENERATIONS: u32 = 4;
+
+/// Polls between two looks at the event queue, which is empty but for disasters.
+const EVENTS_EVERY: u32 = 64;
+
+/// What to open devices with.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// At most this many operations in flight; `None` for the provider's depth.
+    pub operations: Option<usize>,
+    /// Completion queue entries to ask for.
+    pub completions: usize,
+    /// Peers to size the address vector for.
+    pub peers: usize,
+}
+
+/// A device that could be opened.
+#[derive(Clone)]
+pub struct Device {
+    /// Its name, as Mooncake and people write it: `rdmap0s31`, `eth0`.
+    pub name: String,
+    info: Info,
+}
+
+impl Device {
+    /// libfabric's description of it.
+    pub fn info(&self) -> &Info {
+        &self.info
+    }
+}
+
+/// The devices of a provider, one for each domain.
+///
+/// `provider` is libfabric's name, or one of its first words: where `tcp` alone has no reliable
+/// datagrams (libfabric 1.17), `tcp;ofi_rxm` is taken.
+pub fn devices(lib: &'static Libfabric, provider: &str, ipv6: bool) -> Result<Vec<Device>> {
+    // C++ peers open the `efa` fabric; an `efa` endpoint cannot talk to an `efa-direct` one.
+    let fabric = (provider == "efa").then_some("efa");
+    let layered = format!("{provider};ofi_rxm");
+    let names = [provider, &layered];
+    for name in &names[..if provider.contains(';') { 1 } else { 2 }] {
+        for hmem in [hmem::cuda_loaded(), false] {
+            // EFA's device acknowledges a write when it is in the target's memory; software
+            // providers must be asked to.
+            let delivery_complete = provider != "efa";
+            let query = Query { provider: name, fabric, hmem, delivery_complete };
+            let infos = Info::query(lib, &query)?;
+            if !infos.is_empty() {
+                return Ok(distinct(infos, ipv6));
+            }
+            if !hmem {
+                break;
+            }
+        }
+    }
+    Ok(Vec::new())
+}
+
+/// The first fitting entry of each domain.
+fn distinct(infos: Vec<Info>, ipv6: bool) -> Vec<Device> {
+    let mut devices: Vec<Device> = Vec::new();
+    for info in infos {
+        let domain = info.domain();
+        let name = domain.strip_suffix("-rdm").unwrap_or(&domain).to_owned();
+        if info.is_ipv6() == ipv6 || !info.speaks_ip() {
+            if devices.iter().all(|device| device.name != name) {
+                devices.push(Device { name, info });
+            }
+        }
+    }
+    devices
+}
+
+/// An open device.
+pub struct FabricNic {
+    info: Info,
+    endpoint: Endpoint,
+    addresses: Arc<AddressVector>,
+    events: Option<Arc<EventQueue>>,
+    address: Box<[u8]>,
+    depth: u32,
+    /// log2 of the contexts of one generation.
+    context_bits: u32,
+    generations: Box<[u8]>,
+    regions: Vec<Option<MemoryRegion>>,
+    next_key: u64,
+    peers: HashMap<Box<[u8]>, PeerAddress>,
+    completed: Box<[Completed; BATCH]>,
+    polls: u32,
+    lib: &'static Libfabric,
+}
+
+impl FabricNic {
+    /// Opens a device.
+    pub fn open(lib: &'static Libfabric, device: Device, limits: &Limits) -> Result<Self> {
+        let info = device.info;
+        let open = || -> Result<Self> {
+            let fabric = Fabric::open(&info)?;
+            let domain = Domain::open(&fabric, &info)?;
+            let addresses = AddressVector::open(&domain, limits.peers)?;
+            let queue = CompletionQueue::open(&domain, limits.completions)?;
+            let events = EventQueue::open(&fabric).ok();
+            // Strictly below what either queue holds: nothing protects against overrun.
+            let most = info.tx_depth().min(queue.size()).saturating_sub(1).max(1);
+            let depth = limits.operations.unwrap_or(most).clamp(1, most).min(1 << 16) as u32;
+            if let Some(asked) = limits.operations.filter(|&asked| asked > most) {
+                log::warn!("MC_MAX_WR={asked} is more than {} takes; using {most}", device.name);
+            }
+            let context_bits = depth.next_power_of_two().ilog2();
+            let contexts = (GENERATIONS << context_bits) as usize;
+            let configure = |endpoint: &Endpoint| {
+                // Keep transfers on the device; providers without these options refuse them.
+                endpoint.set_shared_memory(false);
+                endpoint.set_cuda_api(false);
+            };
+            let endpoint = Endpoint::open(
+                &info,
+                &queue,
+                &addresses,
+                events.as_ref(),
+                contexts,
+                configure,
+            )?;
+            let address = endpoint.address()?.into();
+            Ok(Self {
+                info,
+                endpoint,
+                addresses,
+                events,
+                address,
+                depth,
+                context_bits,
+                generations: vec![0; depth as usize].into(),
+                regions: Vec::new(),
+                next_key: first_key(),
+                peers: HashMap::new(),
+                completed: Box::new([Completed::default(); BATCH]),
+                polls: 0,
+                lib,
+            })
+        };
+        open().map_err(|error| error.context(format!("opening {}", device.name)))
+    }
+
+    /// The endpoint's address, for peers.
+    pub fn address(&self) -> &[u8] {
+        &self.address
+    }
+
+    /// Writes, reads that the provider emulates in software; `None` where it does not say.
+    pub fn emulation(&self) -> (Option<bool>, Option<bool>) {
+        self.endpoint.emulation()
+    }
+
+    /// What to wait on for the device's events, if it has something.
+    pub fn fd(&self) -> Option<std::os::fd::RawFd> {
+        self.endpoint.queue().fd()
+    }
+
+    /// Whether sleeping on [`Self::fd`] is safe now.
+    pub fn may_sleep(&self) -> bool {
+        self.endpoint.queue().may_sleep()
+    }
+
+    /// A key of ours that is not 0, which means "not registered" in descriptors.
+    fn new_key(&mut self) -> u64 {
+        let mask = match self.info.key_bytes() {
+            bytes @ 1..8 => (1 << (8 * bytes)) - 1,
+            _ => u64::MAX,
+        };
+        self.next_key = (self.next_key.wrapping_add(1) & mask).max(1);
+        self.next_key
+    }
+
+    fn register_once(&mut self, memory: &Memory, kind: MemoryKind) -> Result<MemoryRegion> {
+        let key = if self.info.provider_keys() { 0 } else { self.new_key() };
+        MemoryRegion::register(&self.endpoint, &self.info, memory, kind, key)
+    }
+}
+
+impl Nic for FabricNic {
+    fn depth(&self) -> u32 {
+        self.depth
+    }
+
+    fn max_length(&self) -> u64 {
+        self.info.max_message().max(1)
+    }
+
+    fn virtual_addresses(&self) -> bool {
+        self.info.virtual_addresses()
+    }
+
+    fn register(&mut self, region: u32, memory: &Memory) -> Result<u64> {
+        let kind = hmem::kind_of(memory.address())?;
+        if let (MemoryKind::Cuda(device), false) = (kind, self.info.device_memory()) {
+            return Err(Error::new(
+                Code::Memory,
+                format!(
+                    "memory at {:#x} is on CUDA device {device}, and provider {} takes host memory \
+                     only",
+                    memory.address(),
+                    self.info.provider()
+                ),
+            ));
+        }
+        let mut made = self.register_once(memory, kind)?;
+        if made.key() == 0 {
+            // The provider's first key may be 0. Keep it taken while asking for another.
+            made = self.register_once(memory, kind)?;
+        }
+        if made.key() == 0 {
+            return Err(Error::new(Code::Memory, "the provider gives no other key than 0"));
+        }
+        let key = made.key();
+        let index = region as usize;
+        if self.regions.len() <= index {
+            self.regions.resize_with(index + 1, || None);
+        }
+        self.regions[index] = Some(made);
+        Ok(key)
+    }
+
+    fn unregister(&mut self, region: u32) -> Result<()> {
+        match self.regions.get_mut(region as usize).and_then(Option::take) {
+            Some(region) => region.close(),
+            None => Ok(()),
+        }
+    }
+
+    fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
+        if let Some(&peer) = self.peers.get(address) {
+            return Ok(peer);
+        }
+        let peer = self.addresses.insert(address)?;
+        self.peers.insert(address.into(), peer);
+        Ok(peer)
+    }
+
+    fn post(&mut self, operation: &Operation) -> Post {
+        let slot = operation.slot as usize;
+        let (Some(&generation), Some(Some(region))) =
+            (self.generations.get(slot), self.regions.get(operation.region as usize))
+        else {
+            return Post::Failed(libc::EINVAL);
+        };
+        self.endpoint.post(
+            region,
+            &fabric::Operation {
+                write: operation.write,
+                local: operation.local,
+                length: operation.length as usize,
+                peer: operation.peer,
+                remote: operation.remote,
+                key: operation.key,
+                context: operation.slot | u32::from(generation) << self.context_bits,
+            },
+        )
+    }
+
+    fn poll(&mut self, finished: &mut Vec<Completion>) {
+        let mut finish = |context: Option<u32>, errno, provider_errno| {
+            let slot = context.and_then(|context| {
+                let slot = context & ((1 << self.context_bits) - 1);
+                let generation = self.generations.get_mut(slot as usize)?;
+                (context >> self.context_bits == u32::from(*generation)).then(|| {
+                    *generation = (*generation + 1) % GENERATIONS as u8;
+                    slot
+                })
+            });
+            // One that belongs to no operation in flight goes up as such, to be counted.
+            let slot = slot.unwrap_or(u32::MAX);
+            finished.push(Completion { slot, errno, provider_errno });
+        };
+        match self.endpoint.queue().read(&mut self.completed[..]) {
+            Ok(count) => {
+                for &completed in &self.completed[..count] {
+                    finish(self.endpoint.context_of(completed), 0, 0);
+                }
+            }
+            Err(None) => {
+                while let Some(error) = self.endpoint.queue().read_error() {
+                    let context = self.endpoint.context_of_error(&error);
+                    if context.is_none() {
+                        log::warn!("an error that belongs to no transfer: {}", error.text);
+                    }
+                    let errno = if error.errno == 0 { libc::EIO } else { error.errno };
+                    finish(context, errno, error.provider_errno);
+                }
+            }
+            Err(Some(errno)) => {
+                log::error!("reading completions failed: {}", self.lib.strerror(errno));
+            }
+        }
+        if let Some(events) = &self.events {
+            self.polls = self.polls.wrapping_add(1);
+            if self.polls % EVENTS_EVERY == 0 {
+                while let Some(event) = events.next_error() {
+                    log::error!("the provider reports: {event}");
+                }
+            }
+        }
+    }
+
+    fn explain(&self, errno: i32, provider_errno: i32) -> String {
+        let words = self.lib.strerror(errno);
+        match provider_errno {
+            0 => format!("{words} (error {errno})"),
+            number => format!("{words} (error {errno}, provider's {number})"),
+        }
+    }
+}
+
+/// Where keys that we choose start. Not the same in every process, so that a key kept from a peer's
+/// former life is not by chance valid in the next.
+fn first_key() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    (RandomState::new().hash_one(std::process::id()) & 0xffff_ffff) | 1
+}

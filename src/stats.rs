@@ -1,0 +1,25 @@
+//! What a transport has done so far.
+#![forbid(unsafe_code)]
+
+use serde::Serialize;
+
+use crate::engine::RailCounters;
+
+/// Counters of a transport since it was installed.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stats {
+    /// libfabric's provider.
+    pub provider: String,
+    /// One entry a NIC.
+    pub rails: Vec<RailStats>,
+}
+
+/// Counters of one NIC.
+#[derive(Clone, Debug, Serialize)]
+pub struct RailStats {
+    /// Its name.
+    pub nic: String,
+    /// What it did.
+    #[serde(flatten)]
+    pub counters: RailCounters,
+}

@@ -1,0 +1,827 @@
+//! The Rust door: a transport is a set of open NICs, an engine over them, and threads that keep it
+//! going while nobody waits.
+//!
+//! Every method may be called from any thread.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::config::{Config, NicSelection};
+use crate::engine::{
+    BatchId, Engine, Observer, Refusal, Registration, RemoteBuffer, RemoteNic, Request, Settings,
+    Status, TargetId,
+};
+use crate::error::{Code, Error, Result};
+use crate::fabric::{Libfabric, Memory, MemoryKind, Waiter};
+use crate::hmem;
+use crate::nic::{self, Device, FabricNic, Limits};
+use crate::segment::{self, Buffer as BufferDescriptor, Handshake, Segment};
+use crate::stats::{RailStats, Stats};
+use crate::topology::Topology;
+
+pub use crate::engine::Registered;
+
+/// Longest single operation if `MC_SLICE_SIZE` does not say: large enough that its own cost does not
+/// matter, small enough to give others a turn on a slow link.
+const DEFAULT_SLICE: u64 = 4 << 20;
+/// How long an idle poller sleeps at most when no file descriptor will wake it: providers with
+/// manual progress need its answers.
+const HEARTBEAT: Duration = Duration::from_millis(2);
+/// How long it sleeps at most when one will.
+const LONG_SLEEP: Duration = Duration::from_secs(1);
+/// How often it looks between two sleeps: a peer that got its answer may ask again at once.
+const LOOKS: u32 = 16;
+/// How long it looks away while others make the progress.
+const LOOK_AWAY: Duration = Duration::from_micros(100);
+/// Longest wait for operations in flight when a transport is dropped.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// What the host engine does for us. Called on the thread that submits or warms up, which may be any;
+/// may block, must not call back into the transport.
+pub trait Host: Send + Sync {
+    /// The current descriptor of a segment, as JSON.
+    fn fetch_segment(&self, name: &str) -> Result<String>;
+
+    /// Sends a handshake to the server of a segment; its answer. Both are JSON.
+    fn handshake(&self, server: &str, request: &str) -> Result<String>;
+}
+
+/// How to install a transport.
+pub struct Options {
+    /// Our name for peers: `host:port`.
+    pub server_name: String,
+    /// Which NICs are near to which memory; `None`: all the same.
+    pub topology: Option<Topology>,
+    /// Devices to use, in this order; empty: those of the topology, or else all. A device named
+    /// twice is opened twice.
+    pub devices: Vec<String>,
+    /// Settings.
+    pub config: Config,
+    /// The host engine; without it peers must give their endpoints' addresses in descriptors, and
+    /// out-of-date descriptors are not fetched again.
+    pub host: Option<Box<dyn Host>>,
+    /// Told of tasks that end.
+    pub observer: Option<Observer>,
+}
+
+/// See the module's documentation. Dropping it cancels what is under way and waits for the provider
+/// to give it back, 5 seconds at most.
+pub struct Transport {
+    shared: Arc<Shared>,
+    pollers: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    engine: Engine<FabricNic>,
+    clock: Instant,
+    config: Config,
+    provider: String,
+    server_name: String,
+    topology: Topology,
+    names: Vec<String>,
+    host: Option<Box<dyn Host>>,
+    /// What is registered: location and regions, by first byte.
+    buffers: Mutex<BTreeMap<u64, (String, Vec<Registered>)>>,
+    stop: AtomicBool,
+    sleepers: Vec<Sleeper>,
+}
+
+/// One poller's bed, and whether it is in it.
+struct Sleeper {
+    waiter: Waiter,
+    asleep: AtomicBool,
+}
+
+/// The provider's devices that could be used, without opening any.
+pub fn devices(config: &Config) -> Result<Vec<Device>> {
+    let lib = Libfabric::get(config.libfabric.as_deref(), hmem::cuda_loaded())?;
+    nic::devices(lib, &config.provider, config.use_ipv6)
+}
+
+impl Transport {
+    /// Opens the devices and starts the pollers.
+    ///
+    /// # Errors
+    /// [`Code::DeviceNotFound`] if the provider has no device, or not one that was asked for;
+    /// [`Code::Context`] or [`Code::Endpoint`] if libfabric or none of the devices can be opened.
+    /// Never falls back to another provider.
+    pub fn install(options: Options) -> Result<Self> {
+        let Options { server_name, topology, devices, config, host, observer } = options;
+        let lib = Libfabric::get(config.libfabric.as_deref(), hmem::cuda_loaded())?;
+        let found = nic::devices(lib, &config.provider, config.use_ipv6)?;
+        if found.is_empty() {
+            return Err(no_devices(lib, &config));
+        }
+        let provider = found[0].info().provider();
+        let chosen = choose(found, &devices, topology.as_ref(), &config)?;
+        let nics = open_all(lib, chosen, &config)?;
+        let names: Vec<String> = nics.iter().map(|(name, _)| name.clone()).collect();
+        let settings = Settings {
+            slice: config.slice_size.unwrap_or(DEFAULT_SLICE),
+            merge: config.merge,
+        };
+        let threads = match config.pollers {
+            0 => names.len(),
+            count => count.min(names.len()),
+        };
+        let sleepers = (0..threads)
+            .map(|_| Ok(Sleeper { waiter: Waiter::new()?, asleep: AtomicBool::new(false) }))
+            .collect::<Result<_>>()?;
+        let shared = Arc::new(Shared {
+            engine: Engine::new(nics, settings, observer),
+            clock: Instant::now(),
+            topology: topology.unwrap_or_else(|| Topology::flat(&names)),
+            config,
+            provider,
+            server_name,
+            names,
+            host,
+            buffers: Mutex::default(),
+            stop: AtomicBool::new(false),
+            sleepers,
+        });
+        let mut transport = Self { shared, pollers: Vec::new() };
+        for index in 0..threads {
+            let shared = transport.shared.clone();
+            let poller = std::thread::Builder::new()
+                .name(format!("mefa-poll-{index}"))
+                .spawn(move || shared.poll_loop(index))
+                .map_err(|why| Error::new(Code::Context, format!("starting a thread: {why}")))?;
+            transport.pollers.push(poller);
+        }
+        log::info!("Started {threads} CQ polling worker threads");
+        log::info!("EFA transport installed successfully");
+        Ok(transport)
+    }
+
+    /// Names of the NICs in use: what the keys of a region are in the order of.
+    pub fn nic_names(&self) -> &[String] {
+        &self.shared.names
+    }
+
+    /// libfabric's name of the provider in use.
+    pub fn provider(&self) -> &str {
+        &self.shared.provider
+    }
+
+    // ---- memory -------------------------------------------------------------------------------
+
+    /// Registers ranges, each with its location (`cpu:0`, `cuda:3`, or `*` to find out), all or
+    /// nothing. The regions that each became: one, or more if it is longer than one may be.
+    pub fn register(&self, wanted: &[(Memory, &str)]) -> Result<Vec<Vec<Registered>>> {
+        let shared = &self.shared;
+        let mut locations = Vec::with_capacity(wanted.len());
+        let mut registrations = Vec::with_capacity(wanted.len());
+        for (memory, location) in wanted {
+            let kind = hmem::kind_of(memory.address())?;
+            let location = match (*location, kind) {
+                ("*" | "", MemoryKind::Cuda(device)) => format!("cuda:{device}"),
+                ("*" | "", MemoryKind::Host) => {
+                    format!("cpu:{}", hmem::numa_node(memory.address()).unwrap_or(0))
+                }
+                (given, _) => given.to_owned(),
+            };
+            let (near, far) = shared.topology.nics_for(&location, &shared.names);
+            let narrow = |nics: &[usize]| nics.iter().map(|&nic| nic as u16).collect::<Vec<_>>();
+            let only_near = shared.config.nic_selection == NicSelection::Local
+                && kind != MemoryKind::Host
+                && !near.is_empty();
+            registrations.push(Registration {
+                memory: memory.clone(),
+                rails: if only_near { narrow(&near) } else { narrow(&[near.clone(), far].concat()) },
+                preferred: narrow(&near),
+                largest: shared.config.max_mr_size,
+            });
+            locations.push(location);
+        }
+        let mut buffers = shared.buffers.lock();
+        let made = shared.engine.register(&registrations)?;
+        for ((regions, location), (memory, _)) in made.iter().zip(locations).zip(wanted) {
+            buffers.insert(memory.address(), (location, regions.clone()));
+        }
+        Ok(made)
+    }
+
+    /// Ends the registration of the range that starts at `address`. Afterwards nothing of ours
+    /// touches that memory.
+    ///
+    /// # Errors
+    /// [`Code::AddressNotRegistered`]; [`Code::Busy`] while our transfers use it.
+    pub fn unregister(&self, address: u64) -> Result<()> {
+        let mut buffers = self.shared.buffers.lock();
+        let result = self.shared.engine.unregister(address);
+        if !matches!(&result, Err(error) if matches!(error.code, Code::Busy | Code::AddressNotRegistered)) {
+            buffers.remove(&address);
+        }
+        result
+    }
+
+    /// Our segment, for peers: NICs with their endpoints' addresses, and all registered memory.
+    pub fn descriptor(&self) -> Segment {
+        let shared = &self.shared;
+        let devices = shared.names.iter().enumerate().map(|(rail, name)| segment::Device {
+            name: name.clone(),
+            lid: 0,
+            gid: shared
+                .engine
+                .with_nic(rail, |nic| segment::encode_gid(&shared.provider, nic.address())),
+        });
+        let buffers = shared.buffers.lock();
+        let describe = |location: &String, region: &Registered| BufferDescriptor {
+            name: location.clone(),
+            addr: region.address,
+            length: region.length,
+            rkey: region.keys.clone(),
+            lkey: vec![0; region.keys.len()],
+        };
+        Segment {
+            name: shared.server_name.clone(),
+            protocol: segment::PROTOCOL.to_owned(),
+            devices: devices.collect(),
+            buffers: buffers
+                .values()
+                .flat_map(|(location, regions)| regions.iter().map(|region| describe(location, region)))
+                .collect(),
+            topology: shared.topology.clone(),
+            ..Segment::default()
+        }
+    }
+
+    // ---- segments -----------------------------------------------------------------------------
+
+    /// Makes a peer's segment known by its descriptor.
+    ///
+    /// # Errors
+    /// [`Code::Endpoint`] if the peer runs another provider.
+    pub fn open_segment(&self, segment: &Segment) -> Result<TargetId> {
+        let (nics, buffers) = self.shared.peer_of(segment)?;
+        self.shared.engine.add_target(&segment.name, nics, buffers)
+    }
+
+    /// Makes a peer's segment known by its name, which the host engine resolves.
+    pub fn open_segment_by_name(&self, name: &str) -> Result<TargetId> {
+        self.open_segment(&self.shared.fetch(name)?)
+    }
+
+    /// Replaces a segment's descriptor. Transfers under way are not touched.
+    pub fn update_segment(&self, id: TargetId, segment: &Segment) -> Result<()> {
+        let (nics, buffers) = self.shared.peer_of(segment)?;
+        self.shared.engine.update_target(id, nics, buffers)
+    }
+
+    /// Forgets a segment. Transfers under way are not touched.
+    pub fn close_segment(&self, id: TargetId) -> Result<()> {
+        self.shared.engine.remove_target(id)
+    }
+
+    /// Connects every NIC to every NIC of a segment, so that the first transfer does not have to.
+    pub fn warm_up(&self, id: TargetId) -> Result<()> {
+        self.shared.resolve(None, || self.shared.engine.warm_up(id))
+    }
+
+    /// Answers a peer's handshake (both JSON, see [`Handshake`]).
+    ///
+    /// # Errors
+    /// Those of a request that cannot be read. One that is refused is answered, with the reason in
+    /// `reply_msg`.
+    pub fn answer_handshake(&self, request: &str) -> Result<String> {
+        let shared = &self.shared;
+        let request = Handshake::from_json(request)?;
+        let mut answer = Handshake {
+            local_nic_path: request.peer_nic_path.clone(),
+            peer_nic_path: request.local_nic_path.clone(),
+            ..Handshake::default()
+        };
+        let rail = shared
+            .names
+            .iter()
+            .position(|name| segment::nic_path(&shared.server_name, name) == request.peer_nic_path);
+        let address = segment::hex_decode(&request.efa_addr);
+        match (rail, address) {
+            (None, _) => {
+                answer.reply_msg =
+                    format!("{} is not a NIC of {}", request.peer_nic_path, shared.server_name);
+            }
+            (_, None) => answer.reply_msg = "efa_addr is not a hexadecimal address".to_owned(),
+            (Some(rail), Some(address)) => {
+                let connected = shared.engine.with_nic(rail, |nic| {
+                    answer.efa_addr = segment::hex_encode(nic.address());
+                    crate::engine::Nic::connect(nic, &address).map(drop)
+                });
+                if let Err(error) = connected {
+                    answer.efa_addr.clear();
+                    answer.reply_msg = error.text;
+                }
+            }
+        }
+        if !answer.reply_msg.is_empty() {
+            log::warn!("handshake from {} refused: {}", request.local_nic_path, answer.reply_msg);
+        }
+        Ok(answer.to_json())
+    }
+
+    // ---- transfers ----------------------------------------------------------------------------
+
+    /// A new batch for up to `capacity` requests.
+    pub fn allocate_batch(&self, capacity: u32) -> Result<BatchId> {
+        self.shared.engine.allocate_batch(capacity)
+    }
+
+    /// Frees a batch; [`Code::Busy`] while a request of it is under way.
+    pub fn free_batch(&self, batch: BatchId) -> Result<()> {
+        self.shared.engine.free_batch(batch)
+    }
+
+    /// Adds requests to a batch and starts them, all or none. The number of the first one's task.
+    /// `timeout`: `None` for the configured one.
+    pub fn submit(
+        &self,
+        batch: BatchId,
+        requests: impl ExactSizeIterator<Item = Request> + Clone,
+        timeout: Option<Duration>,
+    ) -> Result<u32> {
+        let shared = &self.shared;
+        let now = shared.now();
+        let timeout = timeout.unwrap_or(shared.config.slice_timeout);
+        let deadline = now.saturating_add(nanoseconds(timeout));
+        let submit = || shared.engine.submit(batch, requests.clone(), now, deadline);
+        let first = match submit() {
+            Ok(first) => first,
+            Err(refusal) => shared.resolve(Some(refusal), submit)?,
+        };
+        shared.wake_pollers();
+        Ok(first)
+    }
+
+    /// Status of a task and its bytes moved. Makes progress if it is not final.
+    pub fn task_status(&self, batch: BatchId, task: u32) -> Result<(Status, u64)> {
+        let engine = &self.shared.engine;
+        let seen = engine.task_status(batch, task)?;
+        if seen.0.is_final() {
+            return Ok(seen);
+        }
+        engine.progress(self.shared.now());
+        engine.task_status(batch, task)
+    }
+
+    /// Status of a batch and its count of tasks. Makes progress if it is not final.
+    pub fn batch_status(&self, batch: BatchId) -> Result<(Status, u32)> {
+        let engine = &self.shared.engine;
+        let seen = engine.batch_status(batch)?;
+        if seen.0.is_final() {
+            return Ok(seen);
+        }
+        engine.progress(self.shared.now());
+        engine.batch_status(batch)
+    }
+
+    /// Why a task failed, in words; `None` if it did not.
+    pub fn task_error(&self, batch: BatchId, task: u32) -> Result<Option<String>> {
+        let engine = &self.shared.engine;
+        Ok(engine.task_failure(batch, task)?.map(|(rail, errno)| {
+            engine.with_nic(rail, |nic| {
+                let why = crate::engine::Nic::explain(nic, errno, 0);
+                format!("failed on {}: {why}", engine.rail_name(rail))
+            })
+        }))
+    }
+
+    /// Waits until every task of a batch has a final status, making progress; the batch's status.
+    ///
+    /// # Errors
+    /// [`Code::Timeout`] if `timeout` passes first; the batch goes on.
+    pub fn wait(&self, batch: BatchId, timeout: Duration) -> Result<Status> {
+        let engine = &self.shared.engine;
+        let limit = self.shared.now().saturating_add(nanoseconds(timeout));
+        let mut patience = Patience::default();
+        loop {
+            let (status, _) = engine.batch_status(batch)?;
+            if status.is_final() {
+                return Ok(status);
+            }
+            let now = self.shared.now();
+            if now >= limit {
+                return Err(Error::new(
+                    Code::Timeout,
+                    format!("the batch is still under way after {timeout:?}"),
+                ));
+            }
+            match engine.progress(now) {
+                0 => patience.pause(),
+                _ => patience = Patience::default(),
+            }
+        }
+    }
+
+    /// Cancels what a batch has under way; its tasks end as [`Status::Canceled`] once their memory
+    /// is quiet.
+    pub fn cancel(&self, batch: BatchId) -> Result<()> {
+        self.shared.engine.cancel(batch, self.shared.now())
+    }
+
+    /// Whether the provider has given back all memory of a batch's requests. It may not have after
+    /// [`Status::Timeout`].
+    pub fn is_quiet(&self, batch: BatchId) -> Result<bool> {
+        let engine = &self.shared.engine;
+        engine.progress(self.shared.now());
+        engine.is_quiet(batch)
+    }
+
+    /// Counters of every NIC.
+    pub fn stats(&self) -> Stats {
+        let shared = &self.shared;
+        let rail = |(index, name): (usize, &String)| RailStats {
+            nic: name.clone(),
+            counters: shared.engine.counters(index),
+        };
+        Stats { provider: shared.provider.clone(), rails: shared.names.iter().enumerate().map(rail).collect() }
+    }
+}
+
+impl Drop for Transport {
+    fn drop(&mut self) {
+        let shared = &self.shared;
+        shared.engine.cancel_all(shared.now());
+        let limit = Instant::now() + DRAIN;
+        let mut patience = Patience::default();
+        while !shared.engine.is_idle() && Instant::now() < limit {
+            match shared.engine.progress(shared.now()) {
+                0 => patience.pause(),
+                _ => patience = Patience::default(),
+            }
+        }
+        if !shared.engine.is_idle() {
+            log::warn!("operations in flight did not come back in {DRAIN:?}; closing anyway");
+        }
+        shared.stop.store(true, Ordering::Release);
+        for sleeper in &shared.sleepers {
+            sleeper.waiter.wake();
+        }
+        for poller in self.pollers.drain(..) {
+            let _ = poller.join();
+        }
+    }
+}
+
+impl Shared {
+    fn now(&self) -> u64 {
+        nanoseconds(self.clock.elapsed())
+    }
+
+    fn fetch(&self, name: &str) -> Result<Segment> {
+        let host = self.host.as_ref().ok_or_else(|| {
+            Error::new(
+                Code::Metadata,
+                format!("segment {name} is not known, and no host engine was given to ask for it"),
+            )
+        })?;
+        Segment::from_json(&host.fetch_segment(name)?)
+    }
+
+    /// What the engine needs of a descriptor.
+    fn peer_of(&self, segment: &Segment) -> Result<(Vec<RemoteNic>, Vec<RemoteBuffer>)> {
+        let names: Vec<String> = segment.devices.iter().map(|device| device.name.clone()).collect();
+        let mut nics = Vec::with_capacity(names.len());
+        for device in &segment.devices {
+            let address = match segment::decode_gid(&device.gid) {
+                Some((provider, _)) if provider != self.provider => {
+                    return Err(Error::new(
+                        Code::Endpoint,
+                        format!(
+                            "{} uses libfabric provider {provider}, we use {}: set MC_EFA_PROVIDER \
+                             to the same on both sides",
+                            segment.name, self.provider
+                        ),
+                    ));
+                }
+                found => found.map(|(_, address)| address.into()),
+            };
+            nics.push(RemoteNic { name: device.name.clone(), address });
+        }
+        let buffers = segment.buffers.iter().map(|buffer| RemoteBuffer {
+            address: buffer.addr,
+            length: buffer.length,
+            keys: buffer.rkey.clone(),
+            preferred: segment
+                .topology
+                .nics_for(&buffer.name, &names)
+                .0
+                .into_iter()
+                .map(|nic| nic as u16)
+                .collect(),
+        });
+        Ok((nics, buffers.collect()))
+    }
+
+    /// Does what a refusal asks for and tries again: a handshake for every pair that needs one, and
+    /// once a newer descriptor.
+    fn resolve<T>(
+        &self,
+        mut refusal: Option<Refusal>,
+        attempt: impl Fn() -> Result<T, Refusal>,
+    ) -> Result<T> {
+        let mut fetched = false;
+        loop {
+            match refusal.take() {
+                None => {}
+                Some(Refusal::Error(error)) => return Err(error),
+                Some(Refusal::NotThere { target, error }) => {
+                    if fetched || self.host.is_none() {
+                        return Err(error);
+                    }
+                    fetched = true;
+                    let (name, _) = self.engine.target_names(target)?;
+                    let (nics, buffers) = self.peer_of(&self.fetch(&name)?)?;
+                    self.engine.update_target(target, nics, buffers)?;
+                }
+                Some(Refusal::NeedsHandshake { rail, nic, target }) => {
+                    self.shake_hands(rail, nic, target)?;
+                }
+            }
+            match attempt() {
+                Ok(done) => return Ok(done),
+                Err(next) => refusal = Some(next),
+            }
+        }
+    }
+
+    /// Asks a peer for the endpoint address of one of its NICs, as C++ peers do.
+    fn shake_hands(&self, rail: usize, nic: u16, target: TargetId) -> Result<()> {
+        let (server, nics) = self.engine.target_names(target)?;
+        let peer_nic = &nics[usize::from(nic)];
+        let refused = |why: String| {
+            Error::new(Code::RejectHandshake, format!("handshake with {peer_nic} of {server}: {why}"))
+        };
+        let host = self.host.as_ref().ok_or_else(|| {
+            refused("its descriptor has no endpoint address, and no host engine was given".into())
+        })?;
+        let request = Handshake {
+            local_nic_path: segment::nic_path(&self.server_name, &self.names[rail]),
+            peer_nic_path: segment::nic_path(&server, peer_nic),
+            efa_addr: self.engine.with_nic(rail, |nic| segment::hex_encode(nic.address())),
+            ..Handshake::default()
+        };
+        let answer = Handshake::from_json(&host.handshake(&server, &request.to_json())?)?;
+        if !answer.reply_msg.is_empty() {
+            return Err(refused(format!("refused: {}", answer.reply_msg)));
+        }
+        let address = segment::hex_decode(&answer.efa_addr)
+            .filter(|address| !address.is_empty())
+            .ok_or_else(|| refused("the answer's efa_addr is not a hexadecimal address".into()))?;
+        self.engine.set_address(target, nic, &address)
+    }
+
+    fn wake_pollers(&self) {
+        for sleeper in &self.sleepers {
+            if sleeper.asleep.load(Ordering::SeqCst) {
+                sleeper.waiter.wake();
+            }
+        }
+    }
+
+    /// One poller's life: every `sleepers.len()`-th rail is its own.
+    fn poll_loop(&self, index: usize) {
+        let rails: Vec<usize> = (index..self.names.len()).step_by(self.sleepers.len()).collect();
+        let mut turns: Vec<u64> = rails.iter().map(|&rail| self.engine.turns(rail)).collect();
+        let mut effort = vec![Effort::default(); rails.len()];
+        let mut patience = Patience::default();
+        let mut looks = 0;
+        while !self.stop.load(Ordering::Acquire) {
+            let mut now = self.now();
+            let (mut work, mut others, mut active) = (false, false, false);
+            for ((&rail, seen), effort) in rails.iter().zip(&mut turns).zip(&mut effort) {
+                let busy = self.engine.load(rail) > 0;
+                work |= busy;
+                if busy && self.engine.turns(rail) != *seen {
+                    others = true;
+                } else {
+                    active |= self.engine.poll(rail, now).unwrap_or(0) > 0;
+                    let before = std::mem::replace(&mut now, self.now());
+                    // After a sleep everything is slow: the first look says nothing.
+                    active |= looks > 0 && effort.is_unusual(now - before);
+                }
+                *seen = self.engine.turns(rail);
+            }
+            looks += 1;
+            if active {
+                patience = Patience::default();
+            } else if others {
+                // Whoever waits for these transfers makes their progress: do not get in the way.
+                std::thread::sleep(LOOK_AWAY);
+            } else if work || patience.is_fresh() {
+                patience.pause();
+            } else if looks > LOOKS {
+                self.sleep(&self.sleepers[index], &rails, &mut patience);
+                looks = 0;
+            }
+        }
+    }
+
+    fn sleep(&self, sleeper: &Sleeper, rails: &[usize], patience: &mut Patience) {
+        sleeper.asleep.store(true, Ordering::SeqCst);
+        let work = rails.iter().any(|&rail| self.engine.load(rail) > 0);
+        if !work && !self.stop.load(Ordering::SeqCst) {
+            let ready = |&rail: &usize| {
+                self.engine.with_nic(rail, |nic| (nic.fd(), nic.fd().is_none() || nic.may_sleep()))
+            };
+            let states: Vec<_> = rails.iter().map(ready).collect();
+            if states.iter().all(|(_, quiet)| *quiet) {
+                let fds: Vec<_> = states.iter().filter_map(|(fd, _)| *fd).collect();
+                let longest =
+                    if fds.len() == rails.len() { LONG_SLEEP } else { patience.longer(HEARTBEAT) };
+                sleeper.waiter.sleep(&fds, longest);
+            }
+        }
+        sleeper.asleep.store(false, Ordering::SeqCst);
+    }
+}
+
+/// How to wait for something that has no way to wake us: look again at once for a while, then let
+/// others run, then sleep a little between looks.
+#[derive(Default)]
+struct Patience {
+    rounds: u32,
+}
+
+impl Patience {
+    const SPIN: u32 = 100;
+    const YIELD: u32 = 2000;
+
+    fn pause(&mut self) {
+        self.rounds = self.rounds.saturating_add(1);
+        match self.rounds {
+            0..Self::SPIN => std::hint::spin_loop(),
+            Self::SPIN..Self::YIELD => std::thread::yield_now(),
+            _ => std::thread::sleep(Duration::from_micros(20)),
+        }
+    }
+
+    /// Still in the phase that is quick to answer.
+    fn is_fresh(&self) -> bool {
+        self.rounds < Self::SPIN + 100
+    }
+
+    /// A sleep that is longer each time, up to `most`.
+    fn longer(&mut self, most: Duration) -> Duration {
+        self.rounds = self.rounds.saturating_add(50);
+        Duration::from_micros(u64::from(self.rounds)).min(most)
+    }
+}
+
+/// Tells whether a poll did something for a peer. Providers with manual progress answer peers inside
+/// a poll without saying so, and such a poll takes several times as long as one that finds nothing.
+#[derive(Clone, Copy, Default)]
+struct Effort {
+    /// How long a poll that finds nothing takes, nanoseconds; 0 until the first.
+    idle: u64,
+    polls: u32,
+}
+
+impl Effort {
+    /// Polls after which the idle time may rise, in case the machine became slower.
+    const RELAX_EVERY: u32 = 1024;
+
+    fn is_unusual(&mut self, took: u64) -> bool {
+        self.polls = self.polls.wrapping_add(1);
+        if self.idle == 0 || took < self.idle {
+            self.idle = took.max(1);
+        } else if self.polls % Self::RELAX_EVERY == 0 {
+            self.idle += self.idle / 16 + 1;
+        }
+        took > 3 * self.idle && took > self.idle + 200
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn no_devices(lib: &Libfabric, config: &Config) -> Error {
+    let text = if config.provider == "efa" {
+        format!(
+            "No EFA devices found: libfabric {} ({}) has no reliable-datagram endpoint of provider \
+             efa. Check `fi_info -p efa` and that the instance has EFA interfaces. To run over a \
+             software provider instead, set MC_EFA_PROVIDER=tcp (or shm, within one host)",
+            lib.version(),
+            lib.path()
+        )
+    } else {
+        format!(
+            "No devices found: libfabric {} ({}) has no reliable-datagram endpoint of provider {} \
+             (MC_EFA_PROVIDER). `fi_info -t FI_EP_RDM` lists what there is",
+            lib.version(),
+            lib.path(),
+            config.provider
+        )
+    };
+    Error::new(Code::DeviceNotFound, text)
+}
+
+/// Which of the devices found to open, and in what order.
+fn choose(
+    found: Vec<Device>,
+    asked: &[String],
+    topology: Option<&Topology>,
+    config: &Config,
+) -> Result<Vec<(String, Device)>> {
+    let list = |devices: &[Device]| {
+        devices.iter().map(|device| device.name.as_str()).collect::<Vec<_>>().join(", ")
+    };
+    let find = |name: &str| found.iter().find(|device| device.name == name).cloned();
+    let mut wanted: Vec<Device> = Vec::new();
+    if !asked.is_empty() {
+        for name in asked {
+            wanted.push(find(name).ok_or_else(|| {
+                Error::new(
+                    Code::DeviceNotFound,
+                    format!("no device {name}: provider {} has {}", config.provider, list(&found)),
+                )
+            })?);
+        }
+    } else if let Some(topology) = topology {
+        // The host's topology lists every RDMA device of the machine; those of other kinds are not
+        // ours.
+        wanted = topology.devices().iter().filter_map(|name| find(name)).collect();
+    }
+    if wanted.is_empty() && asked.is_empty() {
+        if let Some(topology) = topology.filter(|topology| !topology.devices().is_empty()) {
+            log::warn!(
+                "none of the topology's devices ({}) is one of provider {}; using {}",
+                topology.devices().join(", "),
+                config.provider,
+                list(&found)
+            );
+        }
+        let outward = |device: &&Device| !(device.info().speaks_ip() && device.name == "lo");
+        wanted = found.iter().filter(outward).cloned().collect();
+        if wanted.is_empty() {
+            wanted.clone_from(&found);
+        }
+    }
+    if !config.devices.is_empty() {
+        wanted.retain(|device| config.devices.contains(&device.name));
+    }
+    if wanted.is_empty() {
+        return Err(Error::new(
+            Code::DeviceNotFound,
+            format!(
+                "MC_TE_FILTERS={} leaves no device of {}",
+                config.devices.join(","),
+                list(&found)
+            ),
+        ));
+    }
+    let mut named: Vec<(String, Device)> = Vec::new();
+    for device in wanted {
+        let same = named.iter().filter(|(_, other)| other.name == device.name).count();
+        let name = if same == 0 { device.name.clone() } else { format!("{}#{same}", device.name) };
+        named.push((name, device));
+    }
+    Ok(named)
+}
+
+/// Opens devices; one that cannot be opened is left out, with the reason, as long as another can.
+fn open_all(
+    lib: &'static Libfabric,
+    devices: Vec<(String, Device)>,
+    config: &Config,
+) -> Result<Vec<(String, FabricNic)>> {
+    let limits =
+        Limits { operations: config.max_wr, completions: config.max_cqe, peers: config.av_size };
+    let mut nics = Vec::new();
+    let mut last = None;
+    for (name, device) in devices {
+        let info = device.info().clone();
+        match FabricNic::open(lib, device, &limits) {
+            Ok(nic) => {
+                log::info!(
+                    "EFA device (libfabric): {name}, domain: {}, fabric: {}, provider: {}",
+                    info.domain(),
+                    info.fabric(),
+                    info.provider()
+                );
+                if let (Some(true), _) | (_, Some(true)) = nic.emulation() {
+                    log::warn!(
+                        "{name}: the provider emulates RDMA in software (libfabric {}): slow",
+                        lib.version()
+                    );
+                }
+                nics.push((name, nic));
+            }
+            Err(error) => {
+                log::error!("{error}; going on without it");
+                last = Some(error);
+            }
+        }
+    }
+    match last {
+        Some(error) if nics.is_empty() => Err(error),
+        _ => Ok(nics),
+    }
+}
