@@ -39,7 +39,7 @@ raw_rma:
 	@mkdir -p build/bench
 	PKG_CONFIG_PATH="$$PKG_CONFIG_PATH:/opt/amazon/efa/lib/pkgconfig:/opt/amazon/efa/lib64/pkgconfig" \
 	sh -c 'cc -std=gnu11 -O2 -Wall -Wextra -o build/bench/raw_rma bench/raw_rma.c \
-		$$(pkg-config --cflags --libs libfabric) -Wl,-rpath,$$(pkg-config --variable=libdir libfabric)'
+		$$(pkg-config --cflags --libs libfabric) -Wl,--enable-new-dtags,-rpath,$$(pkg-config --variable=libdir libfabric)'
 
 lint: build ## formatting, clippy, and that header, symbols and `unsafe` are as they should be
 	@scripts/setup lint header

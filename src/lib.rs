@@ -5,6 +5,7 @@
 //! [`engine`] (batches, requests, slices) → `nic` (one network device) → `fabric` (libfabric).
 #![deny(unsafe_code)]
 
+pub mod capi;
 pub mod config;
 pub mod engine;
 pub mod error;

@@ -131,7 +131,8 @@ impl Segment {
         if self.rdma_server_name.is_empty() { &self.name } else { &self.rdma_server_name }
     }
 
-    fn check(&self) -> Result<()> {
+    /// Applies the checks that [`Self::from_json`] makes to a descriptor that came another way.
+    pub fn check(&self) -> Result<()> {
         for (what, text) in [("name", &self.name), ("rdma_server_name", &self.rdma_server_name)] {
             limit(what, text, MAX_NAME)?;
         }

@@ -14,8 +14,8 @@ use parking_lot::Mutex;
 
 use crate::config::{Config, NicSelection};
 use crate::engine::{
-    BatchId, Engine, Observer, Refusal, Registration, RemoteBuffer, RemoteNic, Request, Settings,
-    Status, TargetId,
+    BatchId, Engine, Observer, Refusal, Registration, RemoteBuffer, RemoteNic, RemoteSegment, Request,
+    Settings, Status, TargetId,
 };
 use crate::error::{Code, Error, Result};
 use crate::fabric::{Libfabric, Memory, MemoryKind, Waiter};
@@ -32,7 +32,7 @@ pub use crate::engine::Registered;
 const DEFAULT_SLICE: u64 = 4 << 20;
 /// How long an idle poller sleeps at most when no file descriptor will wake it: providers with
 /// manual progress need its answers.
-const HEARTBEAT: Duration = Duration::from_millis(2);
+const HEARTBEAT: Duration = Duration::from_millis(10);
 /// How long it sleeps at most when one will.
 const LONG_SLEEP: Duration = Duration::from_secs(1);
 /// How often it looks between two sleeps: a peer that got its answer may ask again at once.
@@ -260,8 +260,7 @@ impl Transport {
     /// # Errors
     /// [`Code::Endpoint`] if the peer runs another provider.
     pub fn open_segment(&self, segment: &Segment) -> Result<TargetId> {
-        let (nics, buffers) = self.shared.peer_of(segment)?;
-        self.shared.engine.add_target(&segment.name, nics, buffers)
+        self.shared.engine.add_target(self.shared.remote(segment)?)
     }
 
     /// Makes a peer's segment known by its name, which the host engine resolves.
@@ -271,8 +270,7 @@ impl Transport {
 
     /// Replaces a segment's descriptor. Transfers under way are not touched.
     pub fn update_segment(&self, id: TargetId, segment: &Segment) -> Result<()> {
-        let (nics, buffers) = self.shared.peer_of(segment)?;
-        self.shared.engine.update_target(id, nics, buffers)
+        self.shared.engine.update_target(id, self.shared.remote(segment)?)
     }
 
     /// Forgets a segment. Transfers under way are not touched.
@@ -485,7 +483,7 @@ impl Shared {
     }
 
     /// What the engine needs of a descriptor.
-    fn peer_of(&self, segment: &Segment) -> Result<(Vec<RemoteNic>, Vec<RemoteBuffer>)> {
+    fn remote(&self, segment: &Segment) -> Result<RemoteSegment> {
         let names: Vec<String> = segment.devices.iter().map(|device| device.name.clone()).collect();
         let mut nics = Vec::with_capacity(names.len());
         for device in &segment.devices {
@@ -516,7 +514,12 @@ impl Shared {
                 .map(|nic| nic as u16)
                 .collect(),
         });
-        Ok((nics, buffers.collect()))
+        Ok(RemoteSegment {
+            name: segment.name.clone(),
+            server: segment.server_name().to_owned(),
+            nics,
+            buffers: buffers.collect(),
+        })
     }
 
     /// Does what a refusal asks for and tries again: a handshake for every pair that needs one, and
@@ -536,9 +539,8 @@ impl Shared {
                         return Err(error);
                     }
                     fetched = true;
-                    let (name, _) = self.engine.target_names(target)?;
-                    let (nics, buffers) = self.peer_of(&self.fetch(&name)?)?;
-                    self.engine.update_target(target, nics, buffers)?;
+                    let newer = self.fetch(&self.engine.target_name(target)?)?;
+                    self.engine.update_target(target, self.remote(&newer)?)?;
                 }
                 Some(Refusal::NeedsHandshake { rail, nic, target }) => {
                     self.shake_hands(rail, nic, target)?;
@@ -553,8 +555,7 @@ impl Shared {
 
     /// Asks a peer for the endpoint address of one of its NICs, as C++ peers do.
     fn shake_hands(&self, rail: usize, nic: u16, target: TargetId) -> Result<()> {
-        let (server, nics) = self.engine.target_names(target)?;
-        let peer_nic = &nics[usize::from(nic)];
+        let (server, peer_nic) = self.engine.target_nic(target, nic)?;
         let refused = |why: String| {
             Error::new(Code::RejectHandshake, format!("handshake with {peer_nic} of {server}: {why}"))
         };
@@ -563,7 +564,7 @@ impl Shared {
         })?;
         let request = Handshake {
             local_nic_path: segment::nic_path(&self.server_name, &self.names[rail]),
-            peer_nic_path: segment::nic_path(&server, peer_nic),
+            peer_nic_path: segment::nic_path(&server, &peer_nic),
             efa_addr: self.engine.with_nic(rail, |nic| segment::hex_encode(nic.address())),
             ..Handshake::default()
         };

@@ -31,8 +31,8 @@ use plan::Plan;
 pub use rail::RailCounters;
 use rail::{Failure, Rail, Shared, Span};
 use region::{LocalRegion, Number, RangeMap};
-use table::Table;
-pub use target::{RemoteBuffer, RemoteNic, TargetId};
+pub(crate) use table::Table;
+pub use target::{RemoteBuffer, RemoteNic, RemoteSegment, TargetId};
 use target::Target;
 
 /// One transfer request.
@@ -415,31 +415,21 @@ impl<N: Nic> Engine<N> {
     // ---- targets ------------------------------------------------------------------------------
 
     /// Makes a peer's segment known.
-    pub fn add_target(
-        &self,
-        name: &str,
-        nics: Vec<RemoteNic>,
-        buffers: Vec<RemoteBuffer>,
-    ) -> Result<TargetId> {
+    pub fn add_target(&self, segment: RemoteSegment) -> Result<TargetId> {
         let (index, generation) = self
             .targets
             .take(ArcSwapOption::empty)
             .ok_or_else(|| Error::new(Code::TooManyRequests, "too many segments are open"))?;
-        let target = Target::new(name.to_owned(), nics, buffers, self.rails.len());
+        let target = Target::new(segment, self.rails.len());
         self.targets.at(index).expect("just taken").store(Some(Arc::new(target)));
         Ok(TargetId(u64::from(generation) << 32 | u64::from(index)))
     }
 
     /// Replaces what is known of a peer. Transfers under way are not touched.
-    pub fn update_target(
-        &self,
-        id: TargetId,
-        nics: Vec<RemoteNic>,
-        buffers: Vec<RemoteBuffer>,
-    ) -> Result<()> {
+    pub fn update_target(&self, id: TargetId, segment: RemoteSegment) -> Result<()> {
         let slot = self.target_slot(id)?;
         let older = slot.load_full().ok_or_else(|| unknown_target(id))?;
-        let target = Target::new(older.name.clone(), nics, buffers, self.rails.len());
+        let target = Target::new(segment, self.rails.len());
         target.inherit(&older);
         slot.store(Some(Arc::new(target)));
         Ok(())
@@ -456,20 +446,22 @@ impl<N: Nic> Engine<N> {
         Ok(())
     }
 
-    /// A peer's name, and the names of its NICs.
-    pub fn target_names(&self, id: TargetId) -> Result<(String, Vec<String>)> {
+    /// A peer's segment name.
+    pub fn target_name(&self, id: TargetId) -> Result<String> {
+        Ok(self.target(id)?.name.clone())
+    }
+
+    /// A peer's server, and the name of one of its NICs.
+    pub fn target_nic(&self, id: TargetId, nic: u16) -> Result<(String, String)> {
         let target = self.target(id)?;
-        Ok((target.name.clone(), target.nics.iter().map(|nic| nic.name.clone()).collect()))
+        Ok((target.server.clone(), target.nic(nic)?.name.clone()))
     }
 
     /// Tells the endpoint address of a peer's NIC, as a handshake brought it.
     pub fn set_address(&self, id: TargetId, nic: u16, address: &[u8]) -> Result<()> {
         let target = self.target(id)?;
-        let nic = target
-            .nics
-            .get(usize::from(nic))
-            .ok_or_else(|| Error::invalid(format!("{} has no NIC number {nic}", target.name)))?;
-        let _ = nic.address.set(address.into());
+        // The first address stays: an operation may be using it.
+        let _ = target.nic(nic)?.address.set(address.into());
         Ok(())
     }
 
@@ -502,7 +494,7 @@ impl<N: Nic> Engine<N> {
         if let Some(peer) = target.peer(rail, nic) {
             return Ok(peer);
         }
-        let remote = &target.nics[usize::from(nic)];
+        let remote = target.nic(nic)?;
         let Some(address) = remote.address.get() else {
             return Err(Refusal::NeedsHandshake { rail, nic, target: id });
         };

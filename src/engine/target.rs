@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::nic::PeerAddress;
 use super::region::{RangeMap, RemoteRegion};
+use crate::error::{Error, Result};
 
 /// A peer's segment: the number is opaque; 0 is never one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,9 +33,23 @@ pub struct RemoteBuffer {
     pub preferred: Vec<u16>,
 }
 
-/// What a descriptor says of a peer, ready for use.
+/// What a descriptor says of a peer.
+#[derive(Clone, Debug, Default)]
+pub struct RemoteSegment {
+    /// The segment's name.
+    pub name: String,
+    /// The server that answers its handshakes; mostly the same.
+    pub server: String,
+    /// Its NICs.
+    pub nics: Vec<RemoteNic>,
+    /// Its registered memory.
+    pub buffers: Vec<RemoteBuffer>,
+}
+
+/// A [`RemoteSegment`], ready for use.
 pub(super) struct Target {
     pub name: String,
+    pub server: String,
     pub nics: Box<[Nic]>,
     pub regions: RangeMap<RemoteRegion>,
     rails: usize,
@@ -51,7 +66,8 @@ pub(super) struct Nic {
 const UNKNOWN: u64 = u64::MAX;
 
 impl Target {
-    pub fn new(name: String, nics: Vec<RemoteNic>, buffers: Vec<RemoteBuffer>, rails: usize) -> Self {
+    pub fn new(segment: RemoteSegment, rails: usize) -> Self {
+        let RemoteSegment { name, server, nics, buffers } = segment;
         let regions = buffers.into_iter().filter_map(|buffer| {
             let key = |nic: u16| {
                 buffer.keys.get(usize::from(nic)).filter(|&&key| key != 0).map(|&key| (nic, key))
@@ -76,7 +92,13 @@ impl Target {
             })
             .collect();
         let peers = (0..rails * nics.len()).map(|_| AtomicU64::new(UNKNOWN)).collect();
-        Self { name, nics, regions, rails, peers }
+        Self { name, server, nics, regions, rails, peers }
+    }
+
+    pub fn nic(&self, nic: u16) -> Result<&Nic> {
+        self.nics
+            .get(usize::from(nic))
+            .ok_or_else(|| Error::invalid(format!("{} has no NIC number {nic}", self.name)))
     }
 
     /// The peer's NIC `nic` as rail `rail` knows it, if it has been connected.

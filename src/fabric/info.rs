@@ -16,8 +16,6 @@ pub struct Query<'a> {
     pub fabric: Option<&'a str>,
     /// Ask for device memory support (`FI_HMEM`).
     pub hmem: bool,
-    /// Ask for `FI_DELIVERY_COMPLETE` as the default of every operation.
-    pub delivery_complete: bool,
 }
 
 /// One endpoint kind on one domain, as `fi_getinfo` describes it.
@@ -116,9 +114,6 @@ impl Info {
             (*domain).threading = ffi::FI_THREAD_DOMAIN;
             (*domain).av_type = ffi::FI_AV_TABLE;
             (*domain).resource_mgmt = ffi::FI_RM_ENABLED;
-            if query.delivery_complete {
-                (*(*info).tx_attr).op_flags = u64::from(ffi::FI_DELIVERY_COMPLETE);
-            }
             (*(*info).fabric_attr).prov_name = c_string(query.provider)?;
             if let Some(fabric) = query.fabric {
                 (*(*info).fabric_attr).name = c_string(fabric)?;

@@ -564,6 +564,9 @@ impl Drop for MemoryRegion {
 pub struct Operation {
     /// Write to the peer; otherwise read from it.
     pub write: bool,
+    /// For a write: completes only when the data is in the target's memory, where the provider does
+    /// not promise that anyway (`FI_DELIVERY_COMPLETE`).
+    pub delivery: bool,
     /// Local address.
     pub local: u64,
     /// Bytes.
@@ -755,7 +758,24 @@ impl Endpoint {
         // registration (checked above; kept by the caller until the completion); the context lives
         // as long as the endpoint.
         let ret: isize = unsafe {
-            if op.write {
+            if op.write && op.delivery {
+                let local = ffi::iovec { iov_base: buffer, iov_len: op.length };
+                let remote =
+                    ffi::fi_rma_iov { addr: op.remote, len: op.length, key: op.key };
+                let mut descriptor = region.descriptor;
+                let message = ffi::fi_msg_rma {
+                    msg_iov: &raw const local,
+                    desc: &raw mut descriptor,
+                    iov_count: 1,
+                    addr: peer,
+                    rma_iov: &raw const remote,
+                    rma_iov_count: 1,
+                    context,
+                    data: 0,
+                };
+                let flags = u64::from(ffi::FI_COMPLETION | ffi::FI_DELIVERY_COMPLETE);
+                call!(ep, rma.writemsg(ep, &raw const message, flags))
+            } else if op.write {
                 call!(ep, rma.write(ep, buffer, op.length, region.descriptor, peer, op.remote, op.key, context))
             } else {
                 call!(ep, rma.read(ep, buffer, op.length, region.descriptor, peer, op.remote, op.key, context))

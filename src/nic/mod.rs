@@ -58,10 +58,7 @@ pub fn devices(lib: &'static Libfabric, provider: &str, ipv6: bool) -> Result<Ve
     let names = [provider, &layered];
     for name in &names[..if provider.contains(';') { 1 } else { 2 }] {
         for hmem in [hmem::cuda_loaded(), false] {
-            // EFA's device acknowledges a write when it is in the target's memory; software
-            // providers must be asked to.
-            let delivery_complete = provider != "efa";
-            let query = Query { provider: name, fabric, hmem, delivery_complete };
+            let query = Query { provider: name, fabric, hmem };
             let infos = Info::query(lib, &query)?;
             if !infos.is_empty() {
                 return Ok(distinct(infos, ipv6));
@@ -99,6 +96,7 @@ pub struct FabricNic {
     depth: u32,
     /// log2 of the contexts of one generation.
     context_bits: u32,
+    delivery: bool,
     generations: Box<[u8]>,
     regions: Vec<Option<MemoryRegion>>,
     next_key: u64,
@@ -140,6 +138,9 @@ impl FabricNic {
                 configure,
             )?;
             let address = endpoint.address()?.into();
+            // EFA's device acknowledges a write when it is in the target's memory; software
+            // providers must be asked to.
+            let delivery = info.provider() != "efa";
             Ok(Self {
                 info,
                 endpoint,
@@ -148,6 +149,7 @@ impl FabricNic {
                 address,
                 depth,
                 context_bits,
+                delivery,
                 generations: vec![0; depth as usize].into(),
                 regions: Vec::new(),
                 next_key: first_key(),
@@ -266,6 +268,7 @@ impl Nic for FabricNic {
             region,
             &fabric::Operation {
                 write: operation.write,
+                delivery: self.delivery,
                 local: operation.local,
                 length: operation.length as usize,
                 peer: operation.peer,
