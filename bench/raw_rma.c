@@ -497,11 +497,11 @@ static void run_initiator(int fd) {
 
     uint64_t moved = (done + warm) * opt.size;
     uint64_t touched = moved < opt.buffer ? moved : opt.buffer;
-    if (opt.read)
-        verify(s.buffer, touched);
     double target_cpu;
     put(fd, &touched, sizeof(touched));
     get(fd, &target_cpu, sizeof(target_cpu));
+    if (opt.read)
+        verify(s.buffer, touched);
 
     double ops = (double)done / seconds, bytes = ops * (double)opt.size;
     uint32_t version = fi_version();

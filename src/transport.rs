@@ -37,6 +37,10 @@ const HEARTBEAT: Duration = Duration::from_millis(10);
 const LONG_SLEEP: Duration = Duration::from_secs(1);
 /// How often it looks between two sleeps: a peer that got its answer may ask again at once.
 const LOOKS: u32 = 16;
+/// By how much the first poll after a sleep, and the others, differ in time though they find nothing;
+/// nanoseconds. Too low costs an idle process CPU, too high costs a peer's first operations time.
+const COLD_SLACK: u64 = 5000;
+const WARM_SLACK: u64 = 300;
 /// How long it looks away while others make the progress.
 const LOOK_AWAY: Duration = Duration::from_micros(100);
 /// Longest wait for operations in flight when a transport is dropped.
@@ -590,13 +594,14 @@ impl Shared {
     fn poll_loop(&self, index: usize) {
         let rails: Vec<usize> = (index..self.names.len()).step_by(self.sleepers.len()).collect();
         let mut turns: Vec<u64> = rails.iter().map(|&rail| self.engine.turns(rail)).collect();
-        let mut effort = vec![Effort::default(); rails.len()];
+        // After a sleep everything is slow, so the first look has a measure of its own.
+        let mut efforts = vec![[Effort::default(); 2]; rails.len()];
         let mut patience = Patience::default();
         let mut looks = 0;
         while !self.stop.load(Ordering::Acquire) {
             let mut now = self.now();
             let (mut work, mut others, mut active) = (false, false, false);
-            for ((&rail, seen), effort) in rails.iter().zip(&mut turns).zip(&mut effort) {
+            for ((&rail, seen), effort) in rails.iter().zip(&mut turns).zip(&mut efforts) {
                 let busy = self.engine.load(rail) > 0;
                 work |= busy;
                 if busy && self.engine.turns(rail) != *seen {
@@ -604,8 +609,8 @@ impl Shared {
                 } else {
                     active |= self.engine.poll(rail, now).unwrap_or(0) > 0;
                     let before = std::mem::replace(&mut now, self.now());
-                    // After a sleep everything is slow: the first look says nothing.
-                    active |= looks > 0 && effort.is_unusual(now - before);
+                    let slack = if looks == 0 { COLD_SLACK } else { WARM_SLACK };
+                    active |= effort[usize::from(looks > 0)].is_unusual(now - before, slack);
                 }
                 *seen = self.engine.turns(rail);
             }
@@ -688,14 +693,16 @@ impl Effort {
     /// Polls after which the idle time may rise, in case the machine became slower.
     const RELAX_EVERY: u32 = 1024;
 
-    fn is_unusual(&mut self, took: u64) -> bool {
+    /// Whether a poll of `took` nanoseconds did something. `slack` is how much polls that find
+    /// nothing differ.
+    fn is_unusual(&mut self, took: u64, slack: u64) -> bool {
         self.polls = self.polls.wrapping_add(1);
         if self.idle == 0 || took < self.idle {
             self.idle = took.max(1);
         } else if self.polls % Self::RELAX_EVERY == 0 {
             self.idle += self.idle / 16 + 1;
         }
-        took > 3 * self.idle && took > self.idle + 200
+        took > 3 * self.idle + slack
     }
 }
 
@@ -807,11 +814,16 @@ fn open_all(
                     info.fabric(),
                     info.provider()
                 );
-                if let (Some(true), _) | (_, Some(true)) = nic.emulation() {
-                    log::warn!(
-                        "{name}: the provider emulates RDMA in software (libfabric {}): slow",
-                        lib.version()
-                    );
+                let (writes, reads) = nic.emulation();
+                for (emulated, what) in [(writes, "writes"), (reads, "reads")] {
+                    if emulated == Some(true) {
+                        log::warn!(
+                            "{name}: libfabric {} emulates RDMA {what} in software, which is slow: \
+                             the device, its driver or libfabric is too old, or \
+                             FI_EFA_USE_DEVICE_RDMA=0 is set",
+                            lib.version()
+                        );
+                    }
                 }
                 nics.push((name, nic));
             }

@@ -9,6 +9,8 @@ mod nic;
 mod plan;
 mod rail;
 mod region;
+#[cfg(test)]
+mod sim;
 mod table;
 mod target;
 #[cfg(test)]

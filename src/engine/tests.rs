@@ -1,0 +1,554 @@
+//! The engine on a simulated NIC, in virtual time.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use proptest::prelude::*;
+
+use super::sim::{LOCAL, REMOTE, SimNic, World};
+use super::*;
+use crate::fabric::Buffer;
+
+const FOREVER: u64 = u64::MAX;
+
+struct Bench {
+    engine: Engine<SimNic>,
+    world: Arc<Mutex<World>>,
+    seen: Arc<Mutex<HashMap<u64, Vec<Finished>>>>,
+    target: TargetId,
+    now: u64,
+}
+
+impl Bench {
+    /// An engine over NICs of this depth, with 4 MiB registered here and 4 MiB known there.
+    fn new(nics: usize, depth: u32, slice: u64, merge: bool) -> Self {
+        let world = Arc::new(Mutex::new(World {
+            local: (0..SIZE).map(|i| (i % 251) as u8).collect(),
+            remote: vec![0; SIZE as usize],
+            ..World::default()
+        }));
+        let seen: Arc<Mutex<HashMap<u64, Vec<Finished>>>> = Arc::default();
+        let sims = (0..nics)
+            .map(|index| (format!("sim{index}"), SimNic { index, depth, world: world.clone() }));
+        let observed = seen.clone();
+        let observer: Observer = Box::new(move |finished| {
+            for task in finished {
+                observed.lock().entry(task.cookie).or_default().push(*task);
+            }
+        });
+        let settings = Settings { slice, merge };
+        let engine = Engine::new(sims.collect(), settings, Some(observer));
+        let rails: Vec<u16> = (0..nics as u16).collect();
+        for part in 0..4 {
+            let (start, length) = (LOCAL + part * SIZE / 4, SIZE / 4);
+            engine.register_for_test(start, length, rails.clone());
+        }
+        let target = engine.add_target(remote_segment(nics)).expect("target");
+        Self { engine, world, seen, target, now: 0 }
+    }
+
+    fn request(&self, write: bool, offset: u64, length: u64, cookie: u64) -> Request {
+        Request {
+            write,
+            local: LOCAL + offset,
+            target: self.target,
+            remote: REMOTE + offset,
+            length,
+            cookie,
+        }
+    }
+
+    fn submit(&self, batch: BatchId, requests: &[Request]) -> Result<u32, Refusal> {
+        self.engine.submit(batch, requests.iter().copied(), self.now, FOREVER)
+    }
+
+    fn status(&self, batch: BatchId) -> Status {
+        self.engine.batch_status(batch).expect("a batch").0
+    }
+
+    /// Ends everything in flight, again and again, until the engine is idle.
+    fn settle(&self) {
+        while !self.engine.is_idle() {
+            self.world.lock().end_all();
+            self.engine.progress(self.now);
+        }
+    }
+}
+
+const SIZE: u64 = 4 << 20;
+
+fn remote_segment(nics: usize) -> RemoteSegment {
+    let nic = |index: usize| RemoteNic {
+        name: format!("far{index}"),
+        address: Some(Box::new([index as u8])),
+    };
+    RemoteSegment {
+        name: "far:1".into(),
+        server: "far:1".into(),
+        nics: (0..nics).map(nic).collect(),
+        // Two regions, so that some requests cross from one to the other.
+        buffers: [(0, SIZE / 2), (SIZE / 2, SIZE / 2)]
+            .map(|(offset, length)| RemoteBuffer {
+                address: REMOTE + offset,
+                length,
+                keys: vec![9; nics],
+                preferred: Vec::new(),
+            })
+            .into(),
+    }
+}
+
+impl Engine<SimNic> {
+    fn register_for_test(&self, start: u64, length: u64, rails: Vec<u16>) {
+        let memory = Memory::simulated(start, length);
+        let registration = Registration { memory, rails, preferred: Vec::new(), largest: u64::MAX };
+        self.register(&[registration]).expect("registered");
+    }
+}
+
+#[test]
+fn bytes_arrive_and_every_task_ends_once() {
+    let bench = Bench::new(2, 8, 64 << 10, true);
+    let batch = bench.engine.allocate_batch(3).expect("batch");
+    let requests = [
+        bench.request(true, 100, 1000, 1),
+        bench.request(true, 500_000, 3_000_000, 2),
+        bench.request(true, 7, 0, 3),
+    ];
+    assert_eq!(bench.submit(batch, &requests).expect("started"), 0);
+    assert_eq!(bench.status(batch), Status::Pending);
+    assert_eq!(bench.engine.task_status(batch, 2).expect("task"), (Status::Completed, 0));
+    bench.settle();
+    assert_eq!(bench.status(batch), Status::Completed);
+    assert_eq!(bench.engine.task_status(batch, 1).expect("task"), (Status::Completed, 3_000_000));
+    let world = bench.world.lock();
+    for range in [100..1100, 500_000..3_500_000_usize] {
+        assert!(world.remote[range.clone()] == world.local[range]);
+    }
+    assert!(world.remote[1100..500_000].iter().all(|&byte| byte == 0), "nothing else was written");
+    let seen = bench.seen.lock();
+    assert_eq!(seen.len(), 3);
+    assert!(seen.values().all(|ends| ends.len() == 1 && ends[0].status == Status::Completed));
+    bench.engine.free_batch(batch).expect("freed");
+    assert!(bench.engine.free_batch(batch).is_err(), "freed once");
+    assert!(bench.engine.batch_status(batch).is_err());
+}
+
+#[test]
+fn neighbours_are_merged_and_reported_one_by_one() {
+    for (merge, operations) in [(true, 1), (false, 16)] {
+        let bench = Bench::new(1, 64, 1 << 20, merge);
+        let batch = bench.engine.allocate_batch(16).expect("batch");
+        let requests: Vec<_> =
+            (0..16).map(|i| bench.request(true, i * 4096, 4096, i)).collect();
+        bench.submit(batch, &requests).expect("started");
+        assert_eq!(bench.world.lock().in_flight(), operations);
+        bench.settle();
+        let seen = bench.seen.lock();
+        assert_eq!(seen.len(), 16);
+        assert!(seen.values().all(|ends| ends.len() == 1 && ends[0].bytes == 4096));
+    }
+}
+
+#[test]
+fn what_is_not_contiguous_is_not_merged() {
+    let bench = Bench::new(1, 64, 1 << 20, true);
+    let batch = bench.engine.allocate_batch(8).expect("batch");
+    let mut swapped = bench.request(true, 8192, 4096, 2);
+    swapped.remote += 4096;
+    let requests = [
+        bench.request(true, 0, 4096, 0),
+        bench.request(false, 4096, 4096, 1), // another direction
+        swapped,                             // a gap on the far side
+        bench.request(true, 12288, 4096, 3), // overlaps the far side of the one before
+    ];
+    bench.submit(batch, &requests).expect("started");
+    assert_eq!(bench.world.lock().in_flight(), 4);
+    bench.settle();
+}
+
+#[test]
+fn a_long_request_uses_all_rails_evenly() {
+    let bench = Bench::new(4, 64, 1 << 20, true);
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    bench.submit(batch, &[bench.request(true, 0, 1 << 20, 0)]).expect("started");
+    let world = bench.world.lock();
+    let bytes: Vec<u64> =
+        world.flying.values().map(|ops| ops.iter().map(|op| op.length).sum()).collect();
+    assert_eq!(bytes, [256 << 10; 4]);
+    drop(world);
+    bench.settle();
+}
+
+#[test]
+fn short_requests_go_to_the_least_loaded_rail() {
+    let bench = Bench::new(4, 64, 1 << 20, false);
+    let batch = bench.engine.allocate_batch(64).expect("batch");
+    let requests: Vec<_> = (0..64).map(|i| bench.request(true, i * 8192, 4096, i)).collect();
+    bench.submit(batch, &requests).expect("started");
+    assert!(bench.world.lock().flying.values().all(|ops| ops.len() == 16));
+    bench.settle();
+}
+
+#[test]
+fn without_credits_work_waits() {
+    let bench = Bench::new(1, 2, 4096, true);
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    bench.submit(batch, &[bench.request(true, 0, 10 * 4096, 0)]).expect("started");
+    assert_eq!(bench.world.lock().in_flight(), 2);
+    bench.settle();
+    assert_eq!(bench.status(batch), Status::Completed);
+    assert_eq!(bench.world.lock().posted, [4096; 10]);
+    assert!(bench.engine.counters(0).starved > 0);
+}
+
+#[test]
+fn again_is_never_a_failure() {
+    let bench = Bench::new(1, 8, 4096, true);
+    bench.world.lock().again = true;
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    bench.submit(batch, &[bench.request(true, 0, 4096, 0)]).expect("started");
+    for _ in 0..100 {
+        bench.engine.progress(bench.now);
+    }
+    assert_eq!(bench.status(batch), Status::Pending);
+    bench.world.lock().again = false;
+    bench.engine.progress(bench.now);
+    bench.settle();
+    assert_eq!(bench.status(batch), Status::Completed);
+}
+
+#[test]
+fn one_failed_piece_fails_its_task_when_the_rest_is_back() {
+    let bench = Bench::new(1, 4, 4096, true);
+    let batch = bench.engine.allocate_batch(2).expect("batch");
+    let requests = [bench.request(true, 0, 16 * 4096, 1), bench.request(true, 1 << 20, 4096, 2)];
+    bench.submit(batch, &requests).expect("started");
+    bench.world.lock().end(0, 0, 5);
+    bench.engine.progress(bench.now);
+    assert_eq!(bench.status(batch), Status::Pending, "three pieces are still in flight");
+    assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Pending);
+    bench.settle();
+    assert_eq!(bench.engine.task_status(batch, 0).expect("task"), (Status::Failed, 0));
+    assert_eq!(bench.engine.task_failure(batch, 0).expect("task"), Some((0, 5)));
+    assert_eq!(bench.engine.task_status(batch, 1).expect("task"), (Status::Completed, 4096));
+    assert_eq!(bench.engine.task_failure(batch, 1).expect("task"), None);
+    assert_eq!(bench.status(batch), Status::Failed);
+    assert_eq!(bench.world.lock().posted.len(), 5, "no more pieces were posted after the failure");
+}
+
+#[test]
+fn a_refused_post_fails_its_task() {
+    let bench = Bench::new(1, 4, 4096, true);
+    bench.world.lock().refuse = Some(22);
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    bench.submit(batch, &[bench.request(true, 0, 3 * 4096, 1)]).expect("started");
+    assert_eq!(bench.status(batch), Status::Failed);
+    assert!(bench.engine.is_idle());
+    bench.engine.free_batch(batch).expect("freed");
+}
+
+#[test]
+fn a_deadline_ends_the_task_but_not_the_memory() {
+    let mut bench = Bench::new(1, 1, 4096, true);
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    let request = bench.request(true, 0, 2 * 4096, 1);
+    bench.engine.submit(batch, [request].into_iter(), 0, 1_000_000_000).expect("started");
+    bench.now = 999_000_000;
+    bench.engine.progress(bench.now);
+    assert_eq!(bench.status(batch), Status::Pending);
+    bench.now = 1_100_000_000;
+    bench.engine.progress(bench.now);
+    assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Timeout);
+    assert!(!bench.engine.is_quiet(batch).expect("batch"), "one piece is in flight");
+    let busy = bench.engine.unregister(LOCAL).expect_err("its memory is in use");
+    assert_eq!(busy.code, Code::Busy);
+    // The batch may be freed; its slot is not used again before the piece comes back.
+    bench.engine.free_batch(batch).expect("freed");
+    let other = bench.engine.allocate_batch(1).expect("batch");
+    assert_ne!(other.0 as u32, batch.0 as u32);
+    bench.settle();
+    bench.engine.unregister(LOCAL).expect("quiet now");
+    assert_eq!(bench.seen.lock()[&1].len(), 1, "reported once");
+}
+
+#[test]
+fn cancel_ends_what_is_queued_and_waits_for_what_flies() {
+    let bench = Bench::new(1, 2, 4096, true);
+    let batch = bench.engine.allocate_batch(2).expect("batch");
+    let requests = [bench.request(true, 0, 4 * 4096, 1), bench.request(true, 1 << 20, 4096, 2)];
+    bench.submit(batch, &requests).expect("started");
+    bench.engine.cancel(batch, bench.now).expect("a batch");
+    assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Pending);
+    assert_eq!(bench.engine.task_status(batch, 1).expect("task").0, Status::Canceled);
+    bench.settle();
+    assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Canceled);
+    assert_eq!(bench.world.lock().posted.len(), 2);
+    assert!(bench.engine.is_quiet(batch).expect("batch"));
+}
+
+#[test]
+fn a_bad_request_starts_nothing() {
+    let bench = Bench::new(2, 8, 1 << 20, true);
+    let batch = bench.engine.allocate_batch(4).expect("batch");
+    let good = bench.request(true, 0, 4096, 0);
+    let bad = |change: fn(&mut Request)| {
+        let mut request = good;
+        change(&mut request);
+        request
+    };
+    let cases = [
+        (bad(|r| r.local = 1), Code::AddressNotRegistered),
+        (bad(|r| r.local = LOCAL + SIZE - 1), Code::AddressNotRegistered),
+        (bad(|r| r.remote = REMOTE + SIZE), Code::AddressNotRegistered),
+        (bad(|r| r.length = u64::MAX), Code::InvalidArgument),
+        (bad(|r| r.remote = u64::MAX), Code::InvalidArgument),
+        (bad(|r| r.target = TargetId(77)), Code::InvalidArgument),
+    ];
+    for (request, code) in cases {
+        let error = match bench.submit(batch, &[good, request]) {
+            Err(Refusal::Error(error) | Refusal::NotThere { error, .. }) => error,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(error.code, code, "{error}");
+        assert!(error.text.starts_with("request 1: "), "{error}");
+    }
+    assert!(bench.submit(batch, &[good; 5]).is_err(), "one more than fits");
+    assert_eq!(bench.engine.batch_status(batch).expect("batch"), (Status::Completed, 0));
+    assert_eq!(bench.world.lock().posted, [0; 0]);
+    for part in 0..4 {
+        bench.engine.unregister(LOCAL + part * SIZE / 4).expect("nothing uses it");
+    }
+    assert!(bench.world.lock().regions.is_empty());
+}
+
+#[test]
+fn registration_is_all_or_nothing() {
+    let bench = Bench::new(3, 8, 1 << 20, true);
+    let before = bench.world.lock().regions.clone();
+    bench.world.lock().no_memory_on = Some(2);
+    let registration = |start: u64| Registration {
+        memory: Memory::simulated(start, 4096),
+        rails: vec![0, 1, 2],
+        preferred: vec![],
+        largest: 1024,
+    };
+    let two = [registration(1 << 40), registration(2 << 40)];
+    let error = bench.engine.register(&two).expect_err("refused by one NIC");
+    assert_eq!(error.code, Code::Memory);
+    assert!(error.text.contains("sim2"), "{error}");
+    assert_eq!(bench.world.lock().regions, before);
+    bench.world.lock().no_memory_on = None;
+    let made = bench.engine.register(&two).expect("registered");
+    assert_eq!(made.iter().map(Vec::len).collect::<Vec<_>>(), [4, 4], "split at 1024 bytes");
+    let overlapping = bench.engine.register(&[registration((1 << 40) + 4095)]);
+    assert_eq!(overlapping.expect_err("overlaps").code, Code::AddressOverlapped);
+    let twice = [registration(3 << 40), registration((3 << 40) - 1)];
+    assert_eq!(bench.engine.register(&twice).expect_err("overlap").code, Code::AddressOverlapped);
+    bench.engine.unregister(1 << 40).expect("unregistered");
+    bench.engine.unregister(2 << 40).expect("unregistered");
+    assert_eq!(bench.world.lock().regions, before);
+}
+
+#[test]
+fn a_peer_without_an_address_needs_a_handshake() {
+    let bench = Bench::new(2, 8, 1 << 20, true);
+    let mut segment = remote_segment(2);
+    segment.nics.iter_mut().for_each(|nic| nic.address = None);
+    let target = bench.engine.add_target(segment.clone()).expect("target");
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    let request = Request { target, ..bench.request(true, 0, 4096, 0) };
+    for _ in 0..2 {
+        match bench.submit(batch, &[request]) {
+            Err(Refusal::NeedsHandshake { nic, target: whose, .. }) => {
+                assert_eq!(whose, target);
+                bench.engine.set_address(target, nic, &[nic as u8]).expect("a NIC");
+                break;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    // What a handshake brought outlives a newer descriptor.
+    bench.engine.update_target(target, segment).expect("updated");
+    let mut shakes = 0;
+    while let Err(Refusal::NeedsHandshake { nic, .. }) = bench.submit(batch, &[request]) {
+        bench.engine.set_address(target, nic, &[nic as u8]).expect("a NIC");
+        shakes += 1;
+    }
+    assert!(shakes <= 1);
+    bench.settle();
+    assert_eq!(bench.status(batch), Status::Completed);
+    bench.engine.remove_target(target).expect("closed");
+    assert!(bench.engine.remove_target(target).is_err());
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Submit { count: u8, length: u32, merge_next: bool },
+    End { which: u16, errno: bool },
+    Pass { nanoseconds: u32 },
+    Cancel { which: u8 },
+    Again(bool),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        4 => (1..6_u8, 0..40_000_u32, any::<bool>())
+            .prop_map(|(count, length, merge_next)| Step::Submit { count, length, merge_next }),
+        6 => (any::<u16>(), prop::bool::weighted(0.1))
+            .prop_map(|(which, errno)| Step::End { which, errno }),
+        1 => (0..50_000_000_u32).prop_map(|nanoseconds| Step::Pass { nanoseconds }),
+        1 => any::<u8>().prop_map(|which| Step::Cancel { which }),
+        1 => any::<bool>().prop_map(Step::Again),
+    ];
+    prop::collection::vec(step, 1..60)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+    /// Whatever happens: every task ends exactly once, a completed one has its bytes in place, and
+    /// in the end nothing is held.
+    #[test]
+    fn random_histories(
+        steps in steps(),
+        nics in 1..4_usize,
+        depth in 1..6_u32,
+        slice in 1000..20_000_u64,
+        merge in any::<bool>(),
+    ) {
+        let mut bench = Bench::new(nics, depth, slice, merge);
+        let mut batches: Vec<(BatchId, Vec<Request>)> = Vec::new();
+        let (mut offset, mut cookie) = (0, 0);
+        for step in steps {
+            match step {
+                Step::Submit { count, length, merge_next } => {
+                    let batch = bench.engine.allocate_batch(u32::from(count)).expect("batch");
+                    let mut requests = Vec::new();
+                    for _ in 0..count {
+                        let length = u64::from(length);
+                        if offset + length + 1 > SIZE {
+                            break;
+                        }
+                        requests.push(bench.request(true, offset, length, cookie));
+                        offset += length + u64::from(!merge_next);
+                        cookie += 1;
+                    }
+                    let deadline = bench.now + 100_000_000;
+                    bench.engine.submit(batch, requests.iter().copied(), bench.now, deadline)
+                        .expect("good requests");
+                    batches.push((batch, requests));
+                }
+                Step::End { which, errno } => {
+                    let mut world = bench.world.lock();
+                    let total = world.in_flight();
+                    if total > 0 {
+                        let mut which = usize::from(which) % total;
+                        let nic = *world.flying.iter().find(|(_, ops)| {
+                            let here = which < ops.len();
+                            if !here { which -= ops.len(); }
+                            here
+                        }).expect("within the total").0;
+                        world.end(nic, which, if errno { 5 } else { 0 });
+                    }
+                    drop(world);
+                    bench.engine.progress(bench.now);
+                }
+                Step::Pass { nanoseconds } => {
+                    bench.now += u64::from(nanoseconds);
+                    bench.engine.progress(bench.now);
+                }
+                Step::Cancel { which } => {
+                    if let Some((batch, _)) = batches.get(usize::from(which)) {
+                        bench.engine.cancel(*batch, bench.now).expect("a batch");
+                    }
+                }
+                Step::Again(again) => bench.world.lock().again = again,
+            }
+        }
+        bench.world.lock().again = false;
+        bench.settle();
+        let seen = bench.seen.lock();
+        prop_assert_eq!(seen.len() as u64, cookie);
+        for (batch, requests) in &batches {
+            for (task, request) in requests.iter().enumerate() {
+                let (status, bytes) = bench.engine.task_status(*batch, task as u32).expect("task");
+                let ends = &seen[&request.cookie];
+                prop_assert_eq!(ends.len(), 1);
+                prop_assert_eq!((ends[0].status, ends[0].bytes), (status, bytes));
+                prop_assert!(status.is_final());
+                if status == Status::Completed {
+                    let world = bench.world.lock();
+                    let start = (request.local - LOCAL) as usize;
+                    let range = start..start + request.length as usize;
+                    prop_assert!(world.remote[range.clone()] == world.local[range]);
+                }
+            }
+            prop_assert!(bench.engine.is_quiet(*batch).expect("batch"));
+            bench.engine.free_batch(*batch).expect("freed");
+        }
+        for rail in 0..nics {
+            prop_assert_eq!(bench.engine.load(rail), 0);
+            prop_assert_eq!(bench.engine.counters(rail).strays, 0);
+        }
+        for part in 0..4 {
+            bench.engine.unregister(LOCAL + part * SIZE / 4).expect("nothing uses it");
+        }
+    }
+}
+
+#[test]
+fn threads_share_an_engine() {
+    let bench = Bench::new(2, 16, 4096, true);
+    let stop = &std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let bench = &bench;
+        let device = scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                bench.world.lock().end_all();
+                std::thread::yield_now();
+            }
+        });
+        let workers: Vec<_> = (0..8_u64)
+            .map(|thread| {
+                scope.spawn(move || {
+                    for round in 0..200 {
+                        let batch = bench.engine.allocate_batch(4).expect("batch");
+                        let base = thread * (SIZE / 8);
+                        let requests: Vec<_> = (0..4)
+                            .map(|i| {
+                                let cookie = (thread << 32) | (round << 8) | i;
+                                bench.request(true, base + i * 10_000, 9_000, cookie)
+                            })
+                            .collect();
+                        bench.submit(batch, &requests).expect("started");
+                        while !bench.status(batch).is_final() {
+                            bench.engine.progress(0);
+                            std::thread::yield_now();
+                        }
+                        assert_eq!(bench.status(batch), Status::Completed);
+                        bench.engine.free_batch(batch).expect("freed");
+                    }
+                })
+            })
+            .collect();
+        workers.into_iter().for_each(|worker| worker.join().expect("worker"));
+        stop.store(true, Ordering::Relaxed);
+        device.join().expect("device");
+    });
+    let seen = bench.seen.lock();
+    assert_eq!(seen.len(), 8 * 200 * 4);
+    assert!(seen.values().all(|ends| ends.len() == 1));
+    assert!(bench.engine.is_idle());
+}
+
+#[test]
+fn a_buffer_keeps_its_memory() {
+    let buffer = Buffer::new(8192).expect("mapped");
+    let memory = Memory::from(&buffer);
+    let address = buffer.address();
+    drop(buffer);
+    assert_eq!((memory.address(), memory.length()), (address, 8192));
+    assert_eq!(memory.part(4096, 4096).address(), address + 4096);
+}

@@ -35,6 +35,12 @@ impl Memory {
         Ok(Self { address, length, _owner: None })
     }
 
+    /// Addresses of a simulated NIC, which touches no memory.
+    #[cfg(test)]
+    pub(crate) fn simulated(address: u64, length: u64) -> Self {
+        Self { address, length, _owner: None }
+    }
+
     /// `length` bytes of it, from `offset` on.
     ///
     /// # Panics

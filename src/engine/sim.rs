@@ -1,0 +1,133 @@
+//! A simulated NIC: operations stay in flight until the test ends them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::{Completion, Nic, Operation, PeerAddress, Post};
+use crate::error::{Code, Error, Result};
+use crate::fabric::Memory;
+
+/// What the test sees and steers. One for all NICs of an engine.
+#[derive(Default)]
+pub(super) struct World {
+    /// The peer's memory, by virtual address from [`REMOTE`] on.
+    pub remote: Vec<u8>,
+    /// Our memory, by address from [`LOCAL`] on.
+    pub local: Vec<u8>,
+    /// In flight, by NIC.
+    pub flying: BTreeMap<usize, Vec<Operation>>,
+    /// Ended by the test, not polled yet.
+    pub ended: BTreeMap<usize, Vec<Completion>>,
+    /// Regions by NIC.
+    pub regions: BTreeSet<(usize, u32)>,
+    /// Answer posts with "again".
+    pub again: bool,
+    /// Answer posts with this errno.
+    pub refuse: Option<i32>,
+    /// Refuse to register on this NIC.
+    pub no_memory_on: Option<usize>,
+    /// Lengths posted, in order.
+    pub posted: Vec<u64>,
+}
+
+pub(super) const LOCAL: u64 = 0x1000_0000;
+pub(super) const REMOTE: u64 = 0x7000_0000_0000;
+
+pub(super) struct SimNic {
+    pub index: usize,
+    pub depth: u32,
+    pub world: Arc<Mutex<World>>,
+}
+
+impl World {
+    /// Ends an operation: moves its bytes if `errno` is 0.
+    pub fn end(&mut self, nic: usize, which: usize, errno: i32) {
+        let op = self.flying.get_mut(&nic).expect("a NIC").swap_remove(which);
+        if errno == 0 {
+            let (at, there) = ((op.local - LOCAL) as usize, (op.remote - REMOTE) as usize);
+            let length = op.length as usize;
+            let (ours, theirs) =
+                (&mut self.local[at..at + length], &mut self.remote[there..there + length]);
+            if op.write { theirs.copy_from_slice(ours) } else { ours.copy_from_slice(theirs) }
+        }
+        let completion = Completion { slot: op.slot, errno, provider_errno: 0 };
+        self.ended.entry(nic).or_default().push(completion);
+    }
+
+    pub fn end_all(&mut self) {
+        let nics: Vec<usize> = self.flying.keys().copied().collect();
+        for nic in nics {
+            while !self.flying[&nic].is_empty() {
+                self.end(nic, 0, 0);
+            }
+        }
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.flying.values().map(Vec::len).sum()
+    }
+}
+
+impl Nic for SimNic {
+    fn depth(&self) -> u32 {
+        self.depth
+    }
+
+    fn max_length(&self) -> u64 {
+        1 << 30
+    }
+
+    fn virtual_addresses(&self) -> bool {
+        true
+    }
+
+    fn register(&mut self, region: u32, _: &Memory) -> Result<u64> {
+        let mut world = self.world.lock();
+        if world.no_memory_on == Some(self.index) {
+            return Err(Error::new(Code::Memory, "no memory on this NIC"));
+        }
+        assert!(world.regions.insert((self.index, region)), "registered once");
+        Ok(u64::from(region) + 1)
+    }
+
+    fn unregister(&mut self, region: u32) -> Result<()> {
+        let mut world = self.world.lock();
+        let used = |op: &Operation| op.region == region;
+        assert!(!world.flying.get(&self.index).is_some_and(|ops| ops.iter().any(used)));
+        assert!(world.regions.remove(&(self.index, region)), "unregistered once");
+        Ok(())
+    }
+
+    fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
+        Ok(PeerAddress(u64::from(address[0])))
+    }
+
+    fn post(&mut self, operation: &Operation) -> Post {
+        let mut world = self.world.lock();
+        if world.again {
+            return Post::Again;
+        }
+        if let Some(errno) = world.refuse {
+            return Post::Failed(errno);
+        }
+        assert!(world.regions.contains(&(self.index, operation.region)), "region is open");
+        let flying = world.flying.entry(self.index).or_default();
+        assert!(flying.len() < self.depth as usize, "credits are kept");
+        assert!(flying.iter().all(|other| other.slot != operation.slot), "one slot, one operation");
+        flying.push(*operation);
+        world.posted.push(operation.length);
+        Post::Done
+    }
+
+    fn poll(&mut self, finished: &mut Vec<Completion>) {
+        if let Some(ended) = self.world.lock().ended.get_mut(&self.index) {
+            finished.append(ended);
+        }
+    }
+
+    fn explain(&self, errno: i32, _: i32) -> String {
+        format!("error {errno}")
+    }
+}
