@@ -14,8 +14,8 @@ use parking_lot::Mutex;
 
 use crate::config::{Config, NicSelection};
 use crate::engine::{
-    BatchId, Engine, Observer, Refusal, Registration, RemoteBuffer, RemoteNic, RemoteSegment, Request,
-    Settings, Status, TargetId,
+    BatchId, Engine, Observer, Refusal, Registration, RemoteBuffer, RemoteNic, RemoteSegment,
+    Request, Settings, Status, TargetId,
 };
 use crate::error::{Code, Error, Result};
 use crate::fabric::{Libfabric, Memory, MemoryKind, Waiter};
@@ -126,10 +126,8 @@ impl Transport {
         let chosen = choose(found, &devices, topology.as_ref(), &config)?;
         let nics = open_all(lib, chosen, &config)?;
         let names: Vec<String> = nics.iter().map(|(name, _)| name.clone()).collect();
-        let settings = Settings {
-            slice: config.slice_size.unwrap_or(DEFAULT_SLICE),
-            merge: config.merge,
-        };
+        let settings =
+            Settings { slice: config.slice_size.unwrap_or(DEFAULT_SLICE), merge: config.merge };
         let threads = match config.pollers {
             0 => names.len(),
             count => count.min(names.len()),
@@ -198,7 +196,11 @@ impl Transport {
                 && !near.is_empty();
             registrations.push(Registration {
                 memory: memory.clone(),
-                rails: if only_near { narrow(&near) } else { narrow(&[near.clone(), far].concat()) },
+                rails: if only_near {
+                    narrow(&near)
+                } else {
+                    narrow(&[near.clone(), far].concat())
+                },
                 preferred: narrow(&near),
                 largest: shared.config.max_mr_size,
             });
@@ -220,7 +222,8 @@ impl Transport {
     pub fn unregister(&self, address: u64) -> Result<()> {
         let mut buffers = self.shared.buffers.lock();
         let result = self.shared.engine.unregister(address);
-        if !matches!(&result, Err(error) if matches!(error.code, Code::Busy | Code::AddressNotRegistered)) {
+        if !matches!(&result, Err(error) if matches!(error.code, Code::Busy | Code::AddressNotRegistered))
+        {
             buffers.remove(&address);
         }
         result
@@ -250,7 +253,9 @@ impl Transport {
             devices: devices.collect(),
             buffers: buffers
                 .values()
-                .flat_map(|(location, regions)| regions.iter().map(|region| describe(location, region)))
+                .flat_map(|(location, regions)| {
+                    regions.iter().map(|region| describe(location, region))
+                })
                 .collect(),
             topology: shared.topology.clone(),
             ..Segment::default()
@@ -442,7 +447,10 @@ impl Transport {
             nic: name.clone(),
             counters: shared.engine.counters(index),
         };
-        Stats { provider: shared.provider.clone(), rails: shared.names.iter().enumerate().map(rail).collect() }
+        Stats {
+            provider: shared.provider.clone(),
+            rails: shared.names.iter().enumerate().map(rail).collect(),
+        }
     }
 }
 
@@ -561,7 +569,10 @@ impl Shared {
     fn shake_hands(&self, rail: usize, nic: u16, target: TargetId) -> Result<()> {
         let (server, peer_nic) = self.engine.target_nic(target, nic)?;
         let refused = |why: String| {
-            Error::new(Code::RejectHandshake, format!("handshake with {peer_nic} of {server}: {why}"))
+            Error::new(
+                Code::RejectHandshake,
+                format!("handshake with {peer_nic} of {server}: {why}"),
+            )
         };
         let host = self.host.as_ref().ok_or_else(|| {
             refused("its descriptor has no endpoint address, and no host engine was given".into())
@@ -578,7 +589,9 @@ impl Shared {
         }
         let address = segment::hex_decode(&answer.efa_addr)
             .filter(|address| !address.is_empty())
-            .ok_or_else(|| refused("the answer's efa_addr is not a hexadecimal address".into()))?;
+            .ok_or_else(|| {
+            refused("the answer's efa_addr is not a hexadecimal address".into())
+        })?;
         self.engine.set_address(target, nic, &address)
     }
 

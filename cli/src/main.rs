@@ -1,8 +1,22 @@
-use mooncake_efa::{config::Config, engine::Request, fabric::{Buffer, Memory}, transport::{Options, Transport}};
+use mooncake_efa::{
+    config::Config,
+    engine::Request,
+    fabric::{Buffer, Memory},
+    transport::{Options, Transport},
+};
 use std::time::{Duration, Instant};
 fn install(name: &str, p: &str) -> Transport {
-    Transport::install(Options { server_name: name.into(), topology: None, devices: std::env::var("DEVS").map(|d| d.split(',').map(str::to_owned).collect()).unwrap_or_default(),
-        config: Config { provider: p.into(), ..Config::from_env() }, host: None, observer: None }).unwrap()
+    Transport::install(Options {
+        server_name: name.into(),
+        topology: None,
+        devices: std::env::var("DEVS")
+            .map(|d| d.split(',').map(str::to_owned).collect())
+            .unwrap_or_default(),
+        config: Config { provider: p.into(), ..Config::from_env() },
+        host: None,
+        observer: None,
+    })
+    .unwrap()
 }
 fn main() {
     env_logger::init();
@@ -19,7 +33,9 @@ fn main() {
         t.register(&[(Memory::from(&buf), "*")]).unwrap();
         std::fs::write("/tmp/smoke.desc.tmp", t.descriptor().to_json()).unwrap();
         std::fs::rename("/tmp/smoke.desc.tmp", "/tmp/smoke.desc").unwrap();
-        std::thread::sleep(Duration::from_secs(std::env::var("SECS").map_or(8, |s| s.parse().unwrap())));
+        std::thread::sleep(Duration::from_secs(
+            std::env::var("SECS").map_or(8, |s| s.parse().unwrap()),
+        ));
         eprintln!("target {:?}", t.stats());
         return;
     }
@@ -33,7 +49,20 @@ fn main() {
     let (mut ops, mut off) = (0u64, 0u64);
     while start.elapsed() < Duration::from_secs(2) {
         let b = t.allocate_batch(128).unwrap();
-        let reqs: Vec<Request> = (0..128).map(|_| { let o = off; off = (off + block) % n; Request { write: op == "write", local: buf.address() + o, target: id, remote: remote + o, length: block, cookie: 0 } }).collect();
+        let reqs: Vec<Request> = (0..128)
+            .map(|_| {
+                let o = off;
+                off = (off + block) % n;
+                Request {
+                    write: op == "write",
+                    local: buf.address() + o,
+                    target: id,
+                    remote: remote + o,
+                    length: block,
+                    cookie: 0,
+                }
+            })
+            .collect();
         t.submit(b, reqs.iter().copied(), None).unwrap();
         let s = t.wait(b, Duration::from_secs(5)).unwrap();
         assert_eq!(s, mooncake_efa::engine::Status::Completed);
@@ -41,6 +70,10 @@ fn main() {
         ops += 128;
     }
     let e = start.elapsed().as_secs_f64();
-    println!("{p} {op} {block}: {:.0} op/s {:.2} GB/s", ops as f64 / e, (ops * block) as f64 / e / 1e9);
+    println!(
+        "{p} {op} {block}: {:.0} op/s {:.2} GB/s",
+        ops as f64 / e,
+        (ops * block) as f64 / e / 1e9
+    );
     eprintln!("{:?}", t.stats());
 }

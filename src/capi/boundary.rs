@@ -57,7 +57,10 @@ pub(super) unsafe fn string<'a>(text: *const c_char, name: &str) -> Result<&'a s
 ///
 /// # Safety
 /// As [`string`].
-pub(super) unsafe fn optional_string<'a>(text: *const c_char, name: &str) -> Result<Option<&'a str>> {
+pub(super) unsafe fn optional_string<'a>(
+    text: *const c_char,
+    name: &str,
+) -> Result<Option<&'a str>> {
     if text.is_null() {
         return Ok(None);
     }

@@ -230,7 +230,10 @@ impl Host for CHost {
 
     fn handshake(&self, server: &str, request: &str) -> Result<String> {
         let handshake = self.handshake.ok_or_else(|| {
-            Error::new(Code::RejectHandshake, format!("cannot reach {server}: no handshake function"))
+            Error::new(
+                Code::RejectHandshake,
+                format!("cannot reach {server}: no handshake function"),
+            )
         })?;
         let bad = |_| Error::invalid("a handshake with a NUL byte");
         let (c_server, c_request) =
@@ -261,8 +264,7 @@ pub extern "C" fn mefa_uninstall(transport: mefa_transport) -> c_int {
     boundary(|| {
         let slot = slot(transport)?;
         let (index, generation) = (transport as u32, (transport >> 32) as u32);
-        let unknown =
-            || Error::invalid(format!("{transport:#x} is not an installed transport"));
+        let unknown = || Error::invalid(format!("{transport:#x} is not an installed transport"));
         if !transports().retire(index, generation) {
             return Err(unknown());
         }
@@ -502,9 +504,9 @@ unsafe fn segment_of(desc: *const mefa_segment_desc) -> Result<Segment> {
             .collect::<Result<Vec<_>>>()?;
         let topology = match optional_string(desc.topology_json, "segment.topology_json")? {
             Some(json) => Topology::from_json(json)?,
-            None => {
-                Topology::flat(&devices.iter().map(|device| device.name.clone()).collect::<Vec<_>>())
-            }
+            None => Topology::flat(
+                &devices.iter().map(|device| device.name.clone()).collect::<Vec<_>>(),
+            ),
         };
         let segment = Segment {
             name: string(desc.name, "segment.name")?.to_owned(),

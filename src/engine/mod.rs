@@ -34,8 +34,8 @@ pub use rail::RailCounters;
 use rail::{Failure, Rail, Shared, Span};
 use region::{LocalRegion, Number, RangeMap};
 pub(crate) use table::Table;
-pub use target::{RemoteBuffer, RemoteNic, RemoteSegment, TargetId};
 use target::Target;
+pub use target::{RemoteBuffer, RemoteNic, RemoteSegment, TargetId};
 
 /// One transfer request.
 #[derive(Clone, Copy, Debug)]
@@ -275,7 +275,12 @@ impl<N: Nic> Engine<N> {
             .collect();
         for (region, (index, memory, number)) in made.iter().enumerate() {
             let (start, end) = (memory.address(), memory.address() + memory.length());
-            regions.push(LocalRegion { start, end, number: *number, rails: senders[*index].clone() });
+            regions.push(LocalRegion {
+                start,
+                end,
+                number: *number,
+                rails: senders[*index].clone(),
+            });
             result[*index].push(Registered {
                 address: start,
                 length: memory.length(),
@@ -299,7 +304,9 @@ impl<N: Nic> Engine<N> {
         let overlaps = |start: u64, end: u64, other: u64, other_end: u64| {
             Error::new(
                 Code::AddressOverlapped,
-                format!("{start:#x}-{end:#x} overlaps {other:#x}-{other_end:#x}, registered already"),
+                format!(
+                    "{start:#x}-{end:#x} overlaps {other:#x}-{other_end:#x}, registered already"
+                ),
             )
         };
         let mut new: BTreeMap<u64, u64> = BTreeMap::new();
@@ -311,7 +318,8 @@ impl<N: Nic> Engine<N> {
             }
             let start = registration.memory.address();
             let end = start + registration.memory.length();
-            let before = buffers.range(..end).next_back().map(|(&start, record)| (start, record.end));
+            let before =
+                buffers.range(..end).next_back().map(|(&start, record)| (start, record.end));
             let sibling = new.range(..end).next_back().map(|(&start, &end)| (start, end));
             for (other, other_end) in before.into_iter().chain(sibling) {
                 if other_end > start {
@@ -362,7 +370,10 @@ impl<N: Nic> Engine<N> {
                     if *key != 0 {
                         let undone = self.rails[rail].with_nic(|nic| nic.unregister(number.index));
                         if let Err(error) = undone {
-                            log::warn!("undoing a registration on {}: {error}", self.rails[rail].name);
+                            log::warn!(
+                                "undoing a registration on {}: {error}",
+                                self.rails[rail].name
+                            );
                         }
                     }
                 }
@@ -398,7 +409,9 @@ impl<N: Nic> Engine<N> {
             }
         }
         let record = buffers.remove(&address).expect("found above");
-        let gone = |region: &LocalRegion| record.regions.iter().any(|(number, _)| *number == region.number);
+        let gone = |region: &LocalRegion| {
+            record.regions.iter().any(|(number, _)| *number == region.number)
+        };
         let rest = self.locals.load().iter().filter(|region| !gone(region)).cloned().collect();
         self.locals.store(Arc::new(RangeMap::new(rest)));
         let mut result = Ok(());

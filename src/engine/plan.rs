@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use super::{Refusal, Request};
 use super::region::{LocalRegion, RangeMap, Users};
 use super::target::{Target, TargetId};
+use super::{Refusal, Request};
 use crate::error::{Code, Error, Result};
 
 /// Neighbours contiguous on both sides are merged up to this length: long enough that the cost of an
@@ -81,7 +81,15 @@ impl Plan {
                         }
                     };
                 }
-                self.add(index as u32, &request, target, locals, users, merge, (&mut local_hint, &mut remote_hint))
+                self.add(
+                    index as u32,
+                    &request,
+                    target,
+                    locals,
+                    users,
+                    merge,
+                    (&mut local_hint, &mut remote_hint),
+                )
             };
             if let Err(refusal) = add() {
                 self.abandon(locals, users);
@@ -127,7 +135,9 @@ impl Plan {
             let ours = locals.find(at, local_hint).ok_or_else(|| {
                 Error::new(
                     Code::AddressNotRegistered,
-                    format!("our memory at {at:#x} ({length} bytes from {local:#x}) is not registered"),
+                    format!(
+                        "our memory at {at:#x} ({length} bytes from {local:#x}) is not registered"
+                    ),
                 )
             })?;
             let theirs = peer.regions.find(there, remote_hint).ok_or_else(|| {
@@ -144,7 +154,14 @@ impl Plan {
             let whole = part == length;
             if merge
                 && whole
-                && extend(&mut self.pieces, &mut self.groups, request, target, *local_hint, *remote_hint)
+                && extend(
+                    &mut self.pieces,
+                    &mut self.groups,
+                    request,
+                    target,
+                    *local_hint,
+                    *remote_hint,
+                )
             {
                 return Ok(());
             }

@@ -52,7 +52,9 @@ impl<T> Table<T> {
                 let (chunk, _) = place(index);
                 let size = FIRST_CHUNK << chunk;
                 self.chunks.get(chunk)?.get_or_init(|| {
-                    (0..size).map(|_| Entry { generation: AtomicU32::new(0), value: make() }).collect()
+                    (0..size)
+                        .map(|_| Entry { generation: AtomicU32::new(0), value: make() })
+                        .collect()
                 });
                 free.made += size;
                 // Lowest index last, so that it is taken first; and room for all, so that giving
@@ -156,7 +158,10 @@ mod tests {
     fn grows_past_a_chunk() {
         let table = Table::<u8>::default();
         let taken: Vec<_> = (0..1000).map(|_| table.take(|| 7).expect("room")).collect();
-        assert_eq!(taken.iter().map(|slot| slot.0).collect::<Vec<_>>(), (0..1000).collect::<Vec<_>>());
+        assert_eq!(
+            taken.iter().map(|slot| slot.0).collect::<Vec<_>>(),
+            (0..1000).collect::<Vec<_>>()
+        );
         assert!(taken.iter().all(|&(index, generation)| table.get(index, generation) == Some(&7)));
     }
 }

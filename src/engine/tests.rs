@@ -140,8 +140,7 @@ fn neighbours_are_merged_and_reported_one_by_one() {
     for (merge, operations) in [(true, 1), (false, 16)] {
         let bench = Bench::new(1, 64, 1 << 20, merge);
         let batch = bench.engine.allocate_batch(16).expect("batch");
-        let requests: Vec<_> =
-            (0..16).map(|i| bench.request(true, i * 4096, 4096, i)).collect();
+        let requests: Vec<_> = (0..16).map(|i| bench.request(true, i * 4096, 4096, i)).collect();
         bench.submit(batch, &requests).expect("started");
         assert_eq!(bench.world.lock().in_flight(), operations);
         bench.settle();

@@ -219,8 +219,8 @@ impl Info {
 }
 
 fn c_string(text: &str) -> Result<*mut std::ffi::c_char> {
-    let text = CString::new(text)
-        .map_err(|_| Error::invalid(format!("{text:?} has a NUL byte in it")))?;
+    let text =
+        CString::new(text).map_err(|_| Error::invalid(format!("{text:?} has a NUL byte in it")))?;
     // SAFETY: a NUL-terminated string; the copy is owned by the fi_info it goes into.
     Ok(unsafe { libc::strdup(text.as_ptr()) })
 }

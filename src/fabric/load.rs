@@ -37,11 +37,8 @@ type GetInfo = unsafe extern "C" fn(
 ) -> c_int;
 type FreeInfo = unsafe extern "C" fn(*mut ffi::fi_info);
 type DupInfo = unsafe extern "C" fn(*const ffi::fi_info) -> *mut ffi::fi_info;
-type OpenFabric = unsafe extern "C" fn(
-    *mut ffi::fi_fabric_attr,
-    *mut *mut ffi::fid_fabric,
-    *mut c_void,
-) -> c_int;
+type OpenFabric =
+    unsafe extern "C" fn(*mut ffi::fi_fabric_attr, *mut *mut ffi::fid_fabric, *mut c_void) -> c_int;
 type Version = unsafe extern "C" fn() -> u32;
 type StrError = unsafe extern "C" fn(c_int) -> *const c_char;
 
@@ -170,7 +167,8 @@ fn dotted(version: u32) -> String {
 fn open(path: &str, extra: c_int, tried: &mut Vec<String>) -> Option<*mut c_void> {
     let c_path = CString::new(path).ok()?;
     // SAFETY: a NUL-terminated path; libfabric's initialisers may run, which is what loading means.
-    let handle = unsafe { libc::dlopen(c_path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | extra) };
+    let handle =
+        unsafe { libc::dlopen(c_path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | extra) };
     if !handle.is_null() {
         return Some(handle);
     }
@@ -202,7 +200,8 @@ fn path_of(handle: *mut c_void) -> String {
     // SAFETY: RTLD_DI_LINKMAP writes one pointer to a `struct link_map`, which lives as long as the
     // handle; its second field is `char *l_name`.
     unsafe {
-        if libc::dlinfo(handle, libc::RTLD_DI_LINKMAP, (&raw mut map).cast()) != 0 || map.is_null() {
+        if libc::dlinfo(handle, libc::RTLD_DI_LINKMAP, (&raw mut map).cast()) != 0 || map.is_null()
+        {
             return "libfabric.so.1".to_owned();
         }
         let name = *map.cast::<*const c_char>().add(1);

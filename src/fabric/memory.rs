@@ -125,7 +125,9 @@ impl Buffer {
         let at = self.check(offset, bytes.len());
         // SAFETY: inside the mapping (checked), and `bytes` cannot overlap it: no reference into the
         // mapping ever exists.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.as_ptr().add(at), bytes.len()) }
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.as_ptr().add(at), bytes.len())
+        }
     }
 
     /// Copies from `offset` into `bytes`.
@@ -135,7 +137,13 @@ impl Buffer {
     pub fn read(&self, offset: u64, bytes: &mut [u8]) {
         let at = self.check(offset, bytes.len());
         // SAFETY: as in `write`.
-        unsafe { std::ptr::copy_nonoverlapping(self.start.as_ptr().add(at), bytes.as_mut_ptr(), bytes.len()) }
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.start.as_ptr().add(at),
+                bytes.as_mut_ptr(),
+                bytes.len(),
+            )
+        }
     }
 
     fn check(&self, offset: u64, length: usize) -> usize {

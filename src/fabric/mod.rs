@@ -30,11 +30,11 @@ mod wait;
 pub use info::{Info, Query};
 pub use load::Libfabric;
 pub use memory::{Buffer, Memory};
-pub use wait::Waiter;
 pub use objects::{
     AddressVector, Completed, CompletionError, CompletionQueue, Domain, Endpoint, EventQueue,
     Fabric, MemoryKind, MemoryRegion, Operation, PeerAddress, Post,
 };
+pub use wait::Waiter;
 
 /// libfabric's errno for "try again after reading completions".
 pub const EAGAIN: i32 = bindings::FI_EAGAIN as i32;

@@ -51,9 +51,8 @@ impl Fabric {
     pub fn open(info: &Info) -> Result<Arc<Self>> {
         let mut raw = null_mut();
         // SAFETY: `info` is whole; fi_fabric reads its fabric_attr and writes one pointer.
-        let ret = unsafe {
-            (info.lib.fabric)(info.raw.as_ref().fabric_attr, &raw mut raw, null_mut())
-        };
+        let ret =
+            unsafe { (info.lib.fabric)(info.raw.as_ref().fabric_attr, &raw mut raw, null_mut()) };
         let raw = opened(info.lib, "fi_fabric", ret, raw)?;
         Ok(Arc::new(Self { raw, lib: info.lib }))
     }
@@ -472,9 +471,8 @@ impl MemoryRegion {
         let mut attr: ffi::fi_mr_attr = unsafe { std::mem::zeroed() };
         attr.__bindgen_anon_1.mr_iov = &raw const iov;
         attr.iov_count = 1;
-        attr.access = u64::from(
-            ffi::FI_READ | ffi::FI_WRITE | ffi::FI_REMOTE_READ | ffi::FI_REMOTE_WRITE,
-        );
+        attr.access =
+            u64::from(ffi::FI_READ | ffi::FI_WRITE | ffi::FI_REMOTE_READ | ffi::FI_REMOTE_WRITE);
         attr.requested_key = key;
         if let MemoryKind::Cuda(device) = kind {
             attr.iface = ffi::FI_HMEM_CUDA;
@@ -660,8 +658,18 @@ impl Endpoint {
                 call!(ep, ops.bind(ep, fid, flags))
             }
         };
-        done(lib, Code::Endpoint, "fi_ep_bind of the completion queue", bind(queue.raw.as_ptr().cast(), transmit))?;
-        done(lib, Code::Endpoint, "fi_ep_bind of the address vector", bind(addresses.raw.as_ptr().cast(), 0))?;
+        done(
+            lib,
+            Code::Endpoint,
+            "fi_ep_bind of the completion queue",
+            bind(queue.raw.as_ptr().cast(), transmit),
+        )?;
+        done(
+            lib,
+            Code::Endpoint,
+            "fi_ep_bind of the address vector",
+            bind(addresses.raw.as_ptr().cast(), 0),
+        )?;
         if let Some(events) = events {
             // Software providers that never use one may refuse it; `efa` takes it.
             match bind(events.raw.as_ptr().cast(), 0) {
@@ -760,8 +768,7 @@ impl Endpoint {
         let ret: isize = unsafe {
             if op.write && op.delivery {
                 let local = ffi::iovec { iov_base: buffer, iov_len: op.length };
-                let remote =
-                    ffi::fi_rma_iov { addr: op.remote, len: op.length, key: op.key };
+                let remote = ffi::fi_rma_iov { addr: op.remote, len: op.length, key: op.key };
                 let mut descriptor = region.descriptor;
                 let message = ffi::fi_msg_rma {
                     msg_iov: &raw const local,
@@ -776,9 +783,33 @@ impl Endpoint {
                 let flags = u64::from(ffi::FI_COMPLETION | ffi::FI_DELIVERY_COMPLETE);
                 call!(ep, rma.writemsg(ep, &raw const message, flags))
             } else if op.write {
-                call!(ep, rma.write(ep, buffer, op.length, region.descriptor, peer, op.remote, op.key, context))
+                call!(
+                    ep,
+                    rma.write(
+                        ep,
+                        buffer,
+                        op.length,
+                        region.descriptor,
+                        peer,
+                        op.remote,
+                        op.key,
+                        context
+                    )
+                )
             } else {
-                call!(ep, rma.read(ep, buffer, op.length, region.descriptor, peer, op.remote, op.key, context))
+                call!(
+                    ep,
+                    rma.read(
+                        ep,
+                        buffer,
+                        op.length,
+                        region.descriptor,
+                        peer,
+                        op.remote,
+                        op.key,
+                        context
+                    )
+                )
             }
         };
         match ret {

@@ -129,14 +129,8 @@ impl FabricNic {
                 endpoint.set_shared_memory(false);
                 endpoint.set_cuda_api(false);
             };
-            let endpoint = Endpoint::open(
-                &info,
-                &queue,
-                &addresses,
-                events.as_ref(),
-                contexts,
-                configure,
-            )?;
+            let endpoint =
+                Endpoint::open(&info, &queue, &addresses, events.as_ref(), contexts, configure)?;
             let address = endpoint.address()?.into();
             // EFA's device acknowledges a write when it is in the target's memory; software
             // providers must be asked to.

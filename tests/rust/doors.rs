@@ -192,8 +192,7 @@ mod c {
         fn descriptor(&self) -> String {
             let mut text = String::new();
             // SAFETY: `keep` takes this context.
-            let ret =
-                unsafe { mefa_descriptor_json(self.0, Some(keep), (&raw mut text).cast()) };
+            let ret = unsafe { mefa_descriptor_json(self.0, Some(keep), (&raw mut text).cast()) };
             check(ret).expect("described");
             text
         }
