@@ -43,6 +43,8 @@ const COLD_SLACK: u64 = 5000;
 const WARM_SLACK: u64 = 300;
 /// How long it looks away while others make the progress.
 const LOOK_AWAY: Duration = Duration::from_micros(100);
+/// Rails that register memory at the same time, unless MC_MAX_CONCURRENT_REG_MR says otherwise.
+const MAX_REGISTERING: usize = 16;
 /// Longest wait for operations in flight when a transport is dropped.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -123,11 +125,23 @@ impl Transport {
             return Err(no_devices(lib, &config));
         }
         let provider = found[0].info().provider();
+        let topology = match (topology, &config.custom_topology) {
+            (None, Some(path)) => Some(read_topology(path)?),
+            (given, _) => given,
+        };
         let chosen = choose(found, &devices, topology.as_ref(), &config)?;
         let nics = open_all(lib, chosen, &config)?;
         let names: Vec<String> = nics.iter().map(|(name, _)| name.clone()).collect();
-        let settings =
-            Settings { slice: config.slice_size.unwrap_or(DEFAULT_SLICE), merge: config.merge };
+        let settings = Settings {
+            slice: config.slice_size.unwrap_or(DEFAULT_SLICE),
+            merge: config.merge,
+            round_robin: config.path_round_robin,
+            registering: match (config.parallel_reg, config.reg_threads) {
+                (Some(false), _) => 1,
+                (_, 0) => MAX_REGISTERING,
+                (_, threads) => threads,
+            },
+        };
         let threads = match config.pollers {
             0 => names.len(),
             count => count.min(names.len()),
@@ -721,6 +735,13 @@ impl Effort {
 
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn read_topology(path: &std::path::Path) -> Result<Topology> {
+    let context = format!("MC_CUSTOM_TOPO_JSON={}", path.display());
+    let text =
+        std::fs::read_to_string(path).map_err(|why| Error::invalid(format!("{context}: {why}")))?;
+    Topology::from_json(&text).map_err(|error| error.context(context))
 }
 
 fn no_devices(lib: &Libfabric, config: &Config) -> Error {

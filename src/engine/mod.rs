@@ -76,6 +76,10 @@ pub struct Settings {
     pub slice: u64,
     /// Merge neighbours that are contiguous on both sides.
     pub merge: bool,
+    /// Take rails in turn, instead of the one with the least bytes queued and in flight.
+    pub round_robin: bool,
+    /// Rails that register memory at the same time, at least 1.
+    pub registering: usize,
 }
 
 /// Why a submission was not started.
@@ -354,16 +358,21 @@ impl<N: Nic> Engine<N> {
             }
             (keys, None)
         };
-        let results: Vec<(Vec<u64>, Option<Error>)> = if self.rails.len() == 1 {
-            vec![on_rail(0)]
-        } else {
+        let mut results: Vec<(Vec<u64>, Option<Error>)> = Vec::with_capacity(self.rails.len());
+        let rails: Vec<usize> = (0..self.rails.len()).collect();
+        for together in rails.chunks(self.settings.registering.max(1)) {
+            if let [rail] = *together {
+                results.push(on_rail(rail));
+                continue;
+            }
             std::thread::scope(|scope| {
-                let rails: Vec<_> =
-                    (0..self.rails.len()).map(|rail| scope.spawn(move || on_rail(rail))).collect();
-                let failed = || (Vec::new(), Some(Error::new(Code::Internal, "registration died")));
-                rails.into_iter().map(|rail| rail.join().unwrap_or_else(|_| failed())).collect()
-            })
-        };
+                let on_rail = &on_rail;
+                let threads: Vec<_> =
+                    together.iter().map(|&rail| scope.spawn(move || on_rail(rail))).collect();
+                let died = || (Vec::new(), Some(Error::new(Code::Internal, "registration died")));
+                results.extend(threads.into_iter().map(|it| it.join().unwrap_or_else(|_| died())));
+            });
+        }
         if let Some(error) = results.iter().find_map(|(_, error)| error.clone()) {
             for (rail, (keys, _)) in results.iter().enumerate() {
                 for (key, (_, _, number)) in keys.iter().zip(made) {
@@ -597,7 +606,7 @@ impl<N: Nic> Engine<N> {
         spans.iter_mut().for_each(Vec::clear);
         loads.clear();
         loads.extend(self.rails.iter().map(Rail::load));
-        let rotation = self.rotation.fetch_add(1, Ordering::Relaxed);
+        let mut rotation = self.rotation.fetch_add(1, Ordering::Relaxed);
         for index in 0..plan.pieces.len() {
             let piece = plan.pieces[index];
             let (id, target) = &plan.targets[piece.target as usize];
@@ -610,10 +619,16 @@ impl<N: Nic> Engine<N> {
             while done < piece.length {
                 let length = part.min(piece.length - done);
                 let choices = local.rails.len();
-                let rail = (0..choices)
-                    .map(|choice| usize::from(local.rails[(choice + rotation) % choices]))
-                    .min_by_key(|&rail| loads[rail])
-                    .expect("a region has rails");
+                let turn = rotation;
+                let mut rails =
+                    (0..choices).map(|choice| usize::from(local.rails[(choice + turn) % choices]));
+                let rail = if self.settings.round_robin {
+                    rotation += 1;
+                    rails.next()
+                } else {
+                    rails.min_by_key(|&rail| loads[rail])
+                };
+                let rail = rail.expect("a region has rails");
                 // Rails meet the peer's NICs in the same order: neighbours do not crowd on one.
                 let (nic, key) = remote.keys[rail % remote.keys.len()];
                 spans[rail].push(Span {

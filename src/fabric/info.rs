@@ -204,13 +204,13 @@ impl Info {
     pub fn speaks_ip(&self) -> bool {
         // SAFETY: as in domain_attr.
         let format = unsafe { self.raw.as_ref().addr_format };
-        format == ffi::FI_SOCKADDR_IN as u32 || self.is_ipv6()
+        format == ffi::FI_SOCKADDR_IN || self.is_ipv6()
     }
 
     /// The endpoint speaks IPv6 addresses.
     pub fn is_ipv6(&self) -> bool {
         // SAFETY: as in domain_attr.
-        unsafe { self.raw.as_ref().addr_format == ffi::FI_SOCKADDR_IN6 as u32 }
+        unsafe { self.raw.as_ref().addr_format == ffi::FI_SOCKADDR_IN6 }
     }
 
     fn has_mr_mode(&self, bit: u32) -> bool {

@@ -77,10 +77,9 @@ fn distinct(infos: Vec<Info>, ipv6: bool) -> Vec<Device> {
     for info in infos {
         let domain = info.domain();
         let name = domain.strip_suffix("-rdm").unwrap_or(&domain).to_owned();
-        if info.is_ipv6() == ipv6 || !info.speaks_ip() {
-            if devices.iter().all(|device| device.name != name) {
-                devices.push(Device { name, info });
-            }
+        let speaks = info.is_ipv6() == ipv6 || !info.speaks_ip();
+        if speaks && devices.iter().all(|device| device.name != name) {
+            devices.push(Device { name, info });
         }
     }
     devices
@@ -132,9 +131,11 @@ impl FabricNic {
             let endpoint =
                 Endpoint::open(&info, &queue, &addresses, events.as_ref(), contexts, configure)?;
             let address = endpoint.address()?.into();
-            // EFA's device acknowledges a write when it is in the target's memory; software
-            // providers must be asked to.
-            let delivery = info.provider() != "efa";
+            // EFA's device acknowledges a write when it is in the target's memory. Software must be
+            // asked to, and so must the `efa` provider where it emulates writes, or might (1.17
+            // does not tell).
+            let (emulated_writes, _) = endpoint.emulation();
+            let delivery = info.provider() != "efa" || emulated_writes != Some(false);
             Ok(Self {
                 info,
                 endpoint,
