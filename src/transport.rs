@@ -105,9 +105,13 @@ struct Sleeper {
 }
 
 /// The provider's devices that could be used, without opening any.
+///
+/// # Errors
+/// As [`Transport::install`], also if there are none.
 pub fn devices(config: &Config) -> Result<Vec<Device>> {
     let lib = Libfabric::get(config.libfabric.as_deref(), hmem::cuda_loaded())?;
-    nic::devices(lib, &config.provider, config.use_ipv6)
+    let found = nic::devices(lib, &config.provider, config.use_ipv6)?;
+    if found.is_empty() { Err(no_devices(lib, config)) } else { Ok(found) }
 }
 
 impl Transport {
@@ -120,10 +124,7 @@ impl Transport {
     pub fn install(options: Options) -> Result<Self> {
         let Options { server_name, topology, devices, config, host, observer } = options;
         let lib = Libfabric::get(config.libfabric.as_deref(), hmem::cuda_loaded())?;
-        let found = nic::devices(lib, &config.provider, config.use_ipv6)?;
-        if found.is_empty() {
-            return Err(no_devices(lib, &config));
-        }
+        let found = self::devices(&config)?;
         let provider = found[0].info().provider();
         let topology = match (topology, &config.custom_topology) {
             (None, Some(path)) => Some(read_topology(path)?),

@@ -1,0 +1,603 @@
+//! `mooncake-efa bench`: flags and defaults as Mooncake's `transfer_engine_bench`.
+
+use std::io::{BufRead, BufReader, IsTerminal};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use hdrhistogram::Histogram;
+use indicatif::{ProgressBar, ProgressStyle};
+use mooncake_efa::engine::{Request, Status, TargetId};
+use mooncake_efa::fabric::{Buffer, Memory};
+use mooncake_efa::segment::Segment;
+use mooncake_efa::transport::{Options, Transport};
+use mooncake_efa::{Code, Error, Result};
+
+use crate::control::{Answer, Hello, Line, Order};
+use crate::units::{Unit, size};
+use crate::{pattern, target};
+
+/// Longest time without progress before a transfer, or the target, is given up.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    Initiator,
+    Target,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Operation {
+    Read,
+    Write,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+/// Flags of `mooncake-efa bench`.
+#[derive(clap::Args)]
+#[command(rename_all = "snake_case")]
+pub struct Args {
+    /// Run both sides here: a target process of its own, ended with this one
+    #[arg(long = "self", conflicts_with = "mode")]
+    alone: bool,
+    /// Which side to be
+    #[arg(long, value_enum, default_value = "initiator")]
+    mode: Mode,
+    /// Initiator: HOST:PORT that the target printed
+    #[arg(long, alias = "segment-id", value_name = "HOST:PORT")]
+    segment_id: Option<String>,
+    /// Target: where to listen for initiators (all interfaces: 0.0.0.0:PORT)
+    #[arg(long, default_value = "127.0.0.1:0", value_name = "HOST:PORT")]
+    listen: String,
+    /// libfabric's provider (default: MC_EFA_PROVIDER, or efa)
+    #[arg(long)]
+    provider: Option<String>,
+    /// Devices to use, by comma (default: all)
+    #[arg(long, alias = "device-name", value_delimiter = ',')]
+    device_name: Vec<String>,
+    /// Our name for peers
+    #[arg(long, alias = "local-server-name", default_value = "localhost:0")]
+    local_server_name: String,
+    /// Read from the target, or write to it
+    #[arg(long, value_enum, default_value = "read")]
+    operation: Operation,
+    /// Bytes of a request; K, M, G are understood
+    #[arg(long, alias = "block-size", value_parser = size, default_value = "65536")]
+    block_size: u64,
+    /// Requests of a batch; a thread has one batch under way
+    #[arg(long, alias = "batch-size", default_value_t = 128)]
+    batch_size: u32,
+    /// Threads that submit
+    #[arg(long, default_value_t = 12)]
+    threads: u64,
+    /// Bytes of registered memory on each side (default: 1G, with --self 256M)
+    #[arg(long, alias = "buffer-size", value_parser = size)]
+    buffer_size: Option<u64>,
+    /// Seconds to measure
+    #[arg(long, default_value_t = 10)]
+    duration: u64,
+    /// Check every byte: before, in and after the measured time, here and in the target process
+    #[arg(long)]
+    verify: bool,
+    /// Merge requests that are contiguous on both sides into one operation
+    #[arg(long, value_enum, default_value = "on")]
+    merge: Switch,
+    /// Longest single operation (default: MC_SLICE_SIZE, or chosen)
+    #[arg(long, alias = "slice-size", value_parser = size)]
+    slice_size: Option<u64>,
+    /// Only install a transport, wait so many seconds, and report the CPU time used
+    #[arg(long, value_name = "SECONDS")]
+    idle: Option<u64>,
+    /// Unit of rates
+    #[arg(long, alias = "report-unit", value_enum, default_value = "GB")]
+    report_unit: Unit,
+    /// Decimals of rates
+    #[arg(long, alias = "report-precision", default_value_t = 2)]
+    report_precision: usize,
+    /// One JSON object on standard output instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Target: end when standard input does
+    #[arg(long, hide = true)]
+    until_stdin_ends: bool,
+}
+
+/// CPU seconds of this process so far.
+pub fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+/// Set when the user asks to end (Ctrl-C): what was measured so far is reported.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+impl Args {
+    fn buffer(&self) -> u64 {
+        self.buffer_size.unwrap_or(if self.alone { 256 << 20 } else { 1 << 30 })
+    }
+
+    /// Bytes that a round of batches touches, from the start of the buffer.
+    fn touched(&self) -> Result<u64> {
+        let wanted = (|| {
+            self.block_size.checked_mul(u64::from(self.batch_size))?.checked_mul(self.threads)
+        })();
+        match wanted {
+            Some(0) => Err(Error::invalid("--batch_size and --threads must be at least 1")),
+            Some(bytes) if bytes <= self.buffer() => Ok(bytes),
+            _ => Err(Error::invalid(format!(
+                "--block_size {} x --batch_size {} x --threads {} needs more than --buffer_size {}; \
+                 the largest block that fits is {}",
+                self.block_size,
+                self.batch_size,
+                self.threads,
+                self.buffer(),
+                self.buffer() / (u64::from(self.batch_size) * self.threads).max(1)
+            ))),
+        }
+    }
+
+    fn install(&self) -> Result<Transport> {
+        let mut config = crate::config(self.provider.as_deref());
+        config.merge &= self.merge == Switch::On;
+        config.slice_size = self.slice_size.or(config.slice_size);
+        Transport::install(Options {
+            server_name: self.local_server_name.clone(),
+            topology: None,
+            devices: self.device_name.clone(),
+            config,
+            host: None,
+            observer: None,
+        })
+    }
+
+    fn seconds(&self) -> Duration {
+        Duration::from_secs(self.duration)
+    }
+}
+
+/// Runs one side, or both.
+pub fn run(args: &Args) -> Result<()> {
+    let touched = args.touched()?;
+    let ends = args.mode == Mode::Target && !args.until_stdin_ends;
+    ctrlc::set_handler(move || match ends {
+        true => std::process::exit(130),
+        false => STOP.store(true, Ordering::Relaxed),
+    })
+    .map_err(|why| Error::new(Code::Context, format!("signal handler: {why}")))?;
+    if let Some(seconds) = args.idle {
+        return idle(args, seconds);
+    }
+    if args.mode == Mode::Target {
+        let buffer = Buffer::new(args.buffer())?;
+        return target::serve(args.install()?, buffer, &args.listen, args.until_stdin_ends);
+    }
+    let child = if args.alone { Some(OwnTarget::start(args)?) } else { None };
+    let address = match (&child, &args.segment_id) {
+        (Some(child), _) => &child.address,
+        (None, Some(address)) => address,
+        (None, None) => {
+            return Err(Error::invalid(
+                "--segment_id HOST:PORT of a target is needed (start one with --mode target), or \
+                 --self for both sides in one go",
+            ));
+        }
+    };
+    let report = initiate(args, address, touched)?;
+    report.print(args);
+    match report.failure {
+        None => Ok(()),
+        Some(why) => Err(Error::new(Code::Endpoint, format!("transfers failed: {why}"))),
+    }
+}
+
+fn idle(args: &Args, seconds: u64) -> Result<()> {
+    let transport = args.install()?;
+    let buffer = Buffer::new(args.buffer())?;
+    transport.register(&[(Memory::from(&buffer), "*")])?;
+    let (start, cpu) = (Instant::now(), cpu_seconds());
+    let end = Duration::from_secs(seconds);
+    while let Some(left) =
+        end.checked_sub(start.elapsed()).filter(|_| !STOP.load(Ordering::Relaxed))
+    {
+        std::thread::sleep(left.min(Duration::from_secs(1)));
+    }
+    let (used, passed) = (cpu_seconds() - cpu, start.elapsed().as_secs_f64());
+    if args.json {
+        let provider = transport.provider();
+        println!(
+            "{}",
+            serde_json::json!({
+                "provider": provider, "idle_s": passed, "idle_cpu_s": used,
+                "idle_cores": used / passed,
+            })
+        );
+    } else {
+        println!("idle for {passed:.1} s: {used:.4} s of CPU time, {:.4} core", used / passed);
+    }
+    Ok(())
+}
+
+/// A target process of ours. Ended when this is dropped, or when this process ends in any way: its
+/// standard input ends then.
+struct OwnTarget {
+    child: Child,
+    address: String,
+}
+
+impl OwnTarget {
+    fn start(args: &Args) -> Result<Self> {
+        let failed = |why: String| Error::new(Code::Context, format!("the target process: {why}"));
+        let program = std::env::current_exe().map_err(|why| failed(why.to_string()))?;
+        let mut command = Command::new(program);
+        command.args(["--log", &log::max_level().to_string().to_lowercase(), "bench"]);
+        command.args(["--mode", "target", "--until_stdin_ends", "--local_server_name", "target:0"]);
+        command.args(["--buffer_size", &args.buffer().to_string()]);
+        // These only have to pass the same checks.
+        command.args(["--block_size", "1", "--batch_size", "1", "--threads", "1"]);
+        if let Some(provider) = &args.provider {
+            command.args(["--provider", provider]);
+        }
+        if !args.device_name.is_empty() {
+            command.args(["--device_name", &args.device_name.join(",")]);
+        }
+        // On an emulated EFA device the other side is another host.
+        command.env("SOFTEFA_HOST", "1");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let child = command.spawn().map_err(|why| failed(why.to_string()))?;
+        let mut own = Self { child, address: String::new() };
+        let output = own.child.stdout.take().expect("it is piped");
+        let mut line = String::new();
+        BufReader::new(output).read_line(&mut line).map_err(|why| failed(why.to_string()))?;
+        match line.trim_end().strip_prefix("target ready: ") {
+            Some(address) => address.clone_into(&mut own.address),
+            None => return Err(failed("it ended before it was ready; its reason is above".into())),
+        }
+        Ok(own)
+    }
+}
+
+impl Drop for OwnTarget {
+    fn drop(&mut self) {
+        // Ask first, by closing its standard input: a provider may have shared memory to remove.
+        drop(self.child.stdin.take());
+        let limit = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < limit {
+            if let Ok(Some(_)) = self.child.try_wait() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What a thread did.
+struct Tally {
+    requests: u64,
+    latency: Histogram<u64>,
+    failure: Option<String>,
+}
+
+/// The run as a whole.
+struct Report {
+    provider: String,
+    seconds: f64,
+    requests: u64,
+    failed: u64,
+    failure: Option<String>,
+    latency: Histogram<u64>,
+    initiator_cpu: f64,
+    target_cpu: Option<f64>,
+    verified: u64,
+    nics: serde_json::Value,
+}
+
+/// One side's view of the other.
+struct Pair {
+    transport: Transport,
+    buffer: Arc<Buffer>,
+    target: TargetId,
+    remote: u64,
+    line: Line,
+}
+
+impl Pair {
+    fn connect(args: &Args, address: &str, touched: u64) -> Result<Self> {
+        let mut line = Line::connect(address)?;
+        let hello: Hello = line.receive(false)?.ok_or_else(|| {
+            Error::new(Code::Endpoint, format!("the target at {address} hung up"))
+        })?;
+        if hello.length < touched {
+            return Err(Error::invalid(format!(
+                "the target's buffer has {} bytes, {touched} are needed: give both sides the same \
+                 --buffer_size",
+                hello.length
+            )));
+        }
+        let transport = args.install()?;
+        let buffer = Buffer::new(args.buffer())?;
+        transport.register(&[(Memory::from(&buffer), "*")])?;
+        let target = transport.open_segment(&Segment::from_json(&hello.descriptor)?)?;
+        Ok(Self { transport, buffer, target, remote: hello.address, line })
+    }
+
+    /// The requests of one of a thread's batches: blocks of all threads alternate, as in
+    /// transfer_engine_bench.
+    fn requests(
+        &self,
+        args: &Args,
+        thread: u64,
+        write: bool,
+    ) -> impl ExactSizeIterator<Item = Request> + Clone {
+        let (block, threads) = (args.block_size, args.threads);
+        let (local, remote, target) = (self.buffer.address(), self.remote, self.target);
+        (0..args.batch_size).map(move |index| {
+            let offset = (u64::from(index) * threads + thread) * block;
+            let (local, remote) = (local + offset, remote + offset);
+            Request { write, local, target, remote, length: block, cookie: 0 }
+        })
+    }
+
+    /// One batch of a thread, from allocation to release. The reason if it fails.
+    fn batch(&self, args: &Args, thread: u64, write: bool) -> Result<(), String> {
+        let transport = &self.transport;
+        let text = |error: Error| error.text;
+        let batch = transport.allocate_batch(args.batch_size).map_err(text)?;
+        let requests = self.requests(args, thread, write);
+        transport.submit(batch, requests, Some(PATIENCE)).map_err(text)?;
+        // The requests have their own deadline; this one only keeps us from waiting for ever.
+        let status = transport.wait(batch, 2 * PATIENCE).map_err(text)?;
+        if status != Status::Completed {
+            let why = (0..args.batch_size).find_map(|task| {
+                let (status, _) = transport.task_status(batch, task).ok()?;
+                let error = transport.task_error(batch, task).ok().flatten();
+                (status != Status::Completed)
+                    .then(|| error.unwrap_or_else(|| format!("request {task}: {status:?}")))
+            });
+            return Err(why.unwrap_or_else(|| format!("{status:?}")));
+        }
+        transport.free_batch(batch).map_err(text)
+    }
+
+    /// All threads' batches once, over here and over there, every byte checked.
+    fn verify(&mut self, args: &Args, touched: u64, seed: u64) -> Result<u64> {
+        let failed = |why: String| Error::new(Code::Endpoint, format!("transfers failed: {why}"));
+        let all = |pair: &Self, write| {
+            (0..args.threads).try_for_each(|thread| pair.batch(args, thread, write)).map_err(failed)
+        };
+        self.fill_there(touched, seed)?;
+        pattern::fill(&self.buffer, touched, seed + 1);
+        all(self, true)?;
+        self.check_there(touched, seed + 1, "written")?;
+        self.fill_there(touched, seed + 2)?;
+        all(self, false)?;
+        self.check_here(touched, seed + 2)?;
+        Ok(2 * touched)
+    }
+
+    fn fill_there(&mut self, length: u64, seed: u64) -> Result<()> {
+        self.line.ask(&Order::Fill { length, seed }).map(drop)
+    }
+
+    fn check_there(&mut self, length: u64, seed: u64, what: &str) -> Result<()> {
+        match self.line.ask(&Order::Check { length, seed })? {
+            Answer::Wrong { offset, expected, found } => {
+                Err(wrong(what, self.remote, offset, expected, found))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_here(&self, length: u64, seed: u64) -> Result<()> {
+        pattern::check(&self.buffer, length, seed).map_err(|(offset, expected, found)| {
+            wrong("read", self.buffer.address(), offset, expected, found)
+        })
+    }
+
+    fn target_cpu(&mut self) -> Result<f64> {
+        match self.line.ask(&Order::CpuTime)? {
+            Answer::CpuTime(seconds) => Ok(seconds),
+            _ => Err(Error::new(Code::Endpoint, "the target does not answer as expected")),
+        }
+    }
+}
+
+fn wrong(what: &str, base: u64, offset: u64, expected: u8, found: u8) -> Error {
+    Error::new(
+        Code::Internal,
+        format!(
+            "WRONG BYTE {what} at {:#x} (offset {offset}): expected {expected:#04x}, found {found:#04x}",
+            base + offset
+        ),
+    )
+}
+
+fn initiate(args: &Args, address: &str, touched: u64) -> Result<Report> {
+    let mut pair = Pair::connect(args, address, touched)?;
+    let write = args.operation == Operation::Write;
+    let mut verified = 0;
+    if args.verify {
+        verified += pair.verify(args, touched, 100)?;
+        // For the measured transfers, which all move the same bytes to the same places.
+        pattern::fill(&pair.buffer, touched, 7);
+        pair.fill_there(touched, 8)?;
+    }
+    let target_cpu = pair.target_cpu()?;
+    let cpu = cpu_seconds();
+    let start = Instant::now();
+    let tallies = measure(args, &pair, start, write);
+    let seconds = start.elapsed().as_secs_f64();
+    let initiator_cpu = cpu_seconds() - cpu;
+    let failure = tallies.iter().find_map(|tally| tally.failure.clone());
+    // A dead target must not keep us from reporting.
+    let target_cpu = match pair.target_cpu() {
+        Ok(now) => Some(now - target_cpu),
+        Err(error) if failure.is_some() => {
+            log::warn!("{error}");
+            None
+        }
+        Err(error) => return Err(error),
+    };
+    if args.verify && failure.is_none() {
+        if write {
+            pair.check_there(touched, 7, "written")?;
+        } else {
+            pair.check_here(touched, 8)?;
+        }
+        verified += touched + pair.verify(args, touched, 200)?;
+    }
+    let mut latency = new_histogram();
+    for tally in &tallies {
+        latency.add(&tally.latency).expect("all histograms are alike");
+    }
+    let failed = tallies.iter().filter(|tally| tally.failure.is_some()).count() as u64;
+    Ok(Report {
+        provider: pair.transport.provider().to_owned(),
+        seconds,
+        requests: tallies.iter().map(|tally| tally.requests).sum(),
+        failed,
+        failure,
+        latency,
+        initiator_cpu,
+        target_cpu,
+        verified,
+        nics: serde_json::json!(pair.transport.stats().rails),
+    })
+}
+
+/// Nanoseconds, 1 us to 2 minutes, two significant digits.
+fn new_histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1000, 120_000_000_000, 2).expect("bounds are in order")
+}
+
+fn measure(args: &Args, pair: &Pair, start: Instant, write: bool) -> Vec<Tally> {
+    let requests = AtomicU64::new(0);
+    let running = AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..args.threads)
+            .map(|thread| {
+                let (requests, running) = (&requests, &running);
+                scope.spawn(move || {
+                    let mut tally = Tally { requests: 0, latency: new_histogram(), failure: None };
+                    while running.load(Ordering::Relaxed) {
+                        let begin = Instant::now();
+                        if let Err(why) = pair.batch(args, thread, write) {
+                            tally.failure = Some(why);
+                            running.store(false, Ordering::Relaxed);
+                            break;
+                        }
+                        tally.latency.saturating_record(begin.elapsed().as_nanos() as u64);
+                        tally.requests += u64::from(args.batch_size);
+                        requests.fetch_add(u64::from(args.batch_size), Ordering::Relaxed);
+                    }
+                    tally
+                })
+            })
+            .collect();
+        let bar = progress_bar(args);
+        while let Some(left) = args.seconds().checked_sub(start.elapsed()) {
+            if STOP.load(Ordering::Relaxed) || !running.load(Ordering::Relaxed) {
+                break;
+            }
+            std::thread::sleep(left.min(Duration::from_millis(200)));
+            let passed = start.elapsed();
+            let bytes = requests.load(Ordering::Relaxed) * args.block_size;
+            bar.set_position(passed.as_millis() as u64);
+            bar.set_message(
+                args.report_unit.rate(bytes as f64 / passed.as_secs_f64(), args.report_precision),
+            );
+        }
+        running.store(false, Ordering::Relaxed);
+        bar.finish_and_clear();
+        threads.into_iter().map(|thread| thread.join().expect("a thread of ours")).collect()
+    })
+}
+
+fn progress_bar(args: &Args) -> ProgressBar {
+    if args.json || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(args.seconds().as_millis() as u64);
+    let style = ProgressStyle::with_template("{bar:40} {elapsed} {msg}");
+    bar.set_style(style.expect("the template is right"));
+    bar
+}
+
+impl Report {
+    fn latency_us(&self, quantile: f64) -> f64 {
+        self.latency.value_at_quantile(quantile) as f64 / 1000.0
+    }
+
+    fn print(&self, args: &Args) {
+        let per_second = |count: u64| count as f64 / self.seconds;
+        let bytes = per_second(self.requests * args.block_size);
+        let operation = match args.operation {
+            Operation::Read => "read",
+            Operation::Write => "write",
+        };
+        if args.json {
+            println!(
+                "{}",
+                serde_json::json!({
+                    "provider": self.provider,
+                    "operation": operation,
+                    "block_size": args.block_size,
+                    "batch_size": args.batch_size,
+                    "threads": args.threads,
+                    "merge": args.merge == Switch::On,
+                    "seconds": self.seconds,
+                    "ops": self.requests,
+                    "ops_per_s": per_second(self.requests),
+                    "bytes_per_s": bytes,
+                    "latency_us": {
+                        "p50": self.latency_us(0.5),
+                        "p90": self.latency_us(0.9),
+                        "p99": self.latency_us(0.99),
+                        "p999": self.latency_us(0.999),
+                        "max": self.latency.max() as f64 / 1000.0,
+                    },
+                    "initiator_cpu_s": self.initiator_cpu,
+                    "target_cpu_s": self.target_cpu,
+                    "verified_bytes": self.verified,
+                    "failed_threads": self.failed,
+                    "failure": self.failure,
+                    "nics": self.nics,
+                })
+            );
+            return;
+        }
+        let row = |name: &str, value: String| println!("  {name:<22} {value}");
+        println!(
+            "{operation} over {}: {} B x {} a batch, {} threads, {:.1} s",
+            self.provider, args.block_size, args.batch_size, args.threads, self.seconds
+        );
+        row("bandwidth", args.report_unit.rate(bytes, args.report_precision));
+        row("requests", format!("{:.0} /s ({} in all)", per_second(self.requests), self.requests));
+        row(
+            "latency of a batch",
+            format!(
+                "p50 {:.0}, p90 {:.0}, p99 {:.0}, p99.9 {:.0}, max {:.0} us",
+                self.latency_us(0.5),
+                self.latency_us(0.9),
+                self.latency_us(0.99),
+                self.latency_us(0.999),
+                self.latency.max() as f64 / 1000.0
+            ),
+        );
+        let target_cpu = self.target_cpu.map_or("unknown".into(), |cpu| format!("{cpu:.2} s"));
+        row("CPU", format!("initiator {:.2} s, target {target_cpu}", self.initiator_cpu));
+        if args.verify {
+            let wrong = if self.failure.is_some() { "not all checked" } else { "0 wrong" };
+            row("verified", format!("{} bytes, {wrong}", self.verified));
+        }
+        row("failed", self.failure.clone().unwrap_or_else(|| "none".into()));
+    }
+}

@@ -1,0 +1,78 @@
+//! The target of a bench: memory that others read and write.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+
+use mooncake_efa::fabric::{Buffer, Memory};
+use mooncake_efa::transport::Transport;
+use mooncake_efa::{Code, Error, Result};
+
+use crate::bench::cpu_seconds;
+use crate::control::{Answer, Hello, Line, Order};
+use crate::pattern;
+
+/// Serves initiators, one connection a thread, until the process is ended. With `until_stdin_ends`
+/// it ends when whoever started it does.
+pub fn serve(
+    transport: Transport,
+    buffer: Arc<Buffer>,
+    listen: &str,
+    until_stdin_ends: bool,
+) -> Result<()> {
+    let cannot = |why| Error::new(Code::Endpoint, format!("cannot listen on {listen}: {why}"));
+    transport.register(&[(Memory::from(&buffer), "*")])?;
+    let listener = TcpListener::bind(listen).map_err(cannot)?;
+    println!("target ready: {}", listener.local_addr().map_err(cannot)?);
+    std::io::stdout().flush().map_err(cannot)?;
+    let transport = Arc::new(transport);
+    let accept = move || {
+        for stream in listener.incoming() {
+            let (transport, buffer) = (transport.clone(), buffer.clone());
+            std::thread::spawn(move || {
+                let stream = stream.map_err(|why| Error::new(Code::Endpoint, why.to_string()));
+                if let Err(error) =
+                    stream.and_then(Line::new).and_then(|line| converse(line, &transport, &buffer))
+                {
+                    log::warn!("an initiator left: {error}");
+                }
+            });
+        }
+    };
+    if until_stdin_ends {
+        std::thread::spawn(accept);
+        // Reads nothing; returns when the other end of the pipe is closed, however that came.
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+    } else {
+        accept();
+    }
+    Ok(())
+}
+
+fn converse(mut line: Line, transport: &Transport, buffer: &Buffer) -> Result<()> {
+    line.send(&Hello {
+        descriptor: transport.descriptor().to_json(),
+        address: buffer.address(),
+        length: buffer.length(),
+    })?;
+    while let Some(order) = line.receive(true)? {
+        let answer = match order {
+            Order::Fill { length, .. } | Order::Check { length, .. }
+                if length > buffer.length() =>
+            {
+                return Err(Error::invalid("asked for more than the buffer has"));
+            }
+            Order::Fill { length, seed } => {
+                pattern::fill(buffer, length, seed);
+                Answer::Done
+            }
+            Order::Check { length, seed } => match pattern::check(buffer, length, seed) {
+                Ok(()) => Answer::Done,
+                Err((offset, expected, found)) => Answer::Wrong { offset, expected, found },
+            },
+            Order::CpuTime => Answer::CpuTime(cpu_seconds()),
+        };
+        line.send(&answer)?;
+    }
+    Ok(())
+}
