@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use mooncake_efa::fabric::{Buffer, Memory};
 use mooncake_efa::transport::Transport;
@@ -11,6 +12,9 @@ use mooncake_efa::{Code, Error, Result};
 use crate::bench::cpu_seconds;
 use crate::control::{Answer, Hello, Line, Order};
 use crate::pattern;
+
+/// Longest wait for conversations to end before the process does.
+const LEAVE: Duration = Duration::from_secs(2);
 
 /// Serves initiators, one connection a thread, until the process is ended. With `until_stdin_ends`
 /// it ends when whoever started it does.
@@ -26,14 +30,15 @@ pub fn serve(
     println!("target ready: {}", listener.local_addr().map_err(cannot)?);
     std::io::stdout().flush().map_err(cannot)?;
     let transport = Arc::new(transport);
+    // Conversations hold the transport while they last; it is closed when the last one is over.
+    let shared = Arc::downgrade(&transport);
     let accept = move || {
         for stream in listener.incoming() {
-            let (transport, buffer) = (transport.clone(), buffer.clone());
+            let (Some(transport), buffer) = (shared.upgrade(), buffer.clone()) else { return };
             std::thread::spawn(move || {
                 let stream = stream.map_err(|why| Error::new(Code::Endpoint, why.to_string()));
-                if let Err(error) =
-                    stream.and_then(Line::new).and_then(|line| converse(line, &transport, &buffer))
-                {
+                let line = stream.and_then(Line::new);
+                if let Err(error) = line.and_then(|line| converse(line, &transport, &buffer)) {
                     log::warn!("an initiator left: {error}");
                 }
             });
@@ -43,6 +48,10 @@ pub fn serve(
         std::thread::spawn(accept);
         // Reads nothing; returns when the other end of the pipe is closed, however that came.
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        let limit = Instant::now() + LEAVE;
+        while Arc::strong_count(&transport) > 1 && Instant::now() < limit {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     } else {
         accept();
     }

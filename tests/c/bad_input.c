@@ -490,6 +490,14 @@ static void opening(void) {
     CHECK_OK(mefa_segment_warm_up(transport, segment));
 }
 
+static size_t resident_mib(void) {
+    size_t total = 0, resident = 0;
+    FILE *file = fopen("/proc/self/statm", "r");
+    CHECK(file != NULL && fscanf(file, "%zu %zu", &total, &resident) == 2);
+    fclose(file);
+    return resident * (size_t)sysconf(_SC_PAGESIZE) / MIB;
+}
+
 static void allocating(void) {
     static const size_t sizes[] = {0, 1048577, UINT32_MAX, (size_t)UINT32_MAX + 2, SIZE_MAX};
     mefa_batch out = 77;
@@ -497,7 +505,10 @@ static void allocating(void) {
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         INVALID(mefa_batch_allocate(transport, sizes[i], &out));
     CHECK_EQ(out, 77);
+    /* One as large as can be costs what it needs, not that many times over. */
+    const size_t resident = resident_mib();
     CHECK_OK(mefa_batch_allocate(transport, 1048576, &out));
+    if (resident_mib() > resident + 512) complain(__LINE__, "one batch takes %zu MiB", resident_mib() - resident);
     CHECK_OK(mefa_batch_free(transport, out));
     CHECK_OK(mefa_batch_allocate(transport, 1, &out));
     CHECK_OK(mefa_batch_free(transport, out));

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the C++ tests share: a second process to transfer to and from (tests/c/target.h says what it
+// can be asked), memory, and a fixture that gives every test its limits and skips where there is no
+// such provider.
+#pragma once
+
+#include "../c/check.h"
+
+#include <mooncake_efa.hpp>
+
+#include <gtest/gtest.h>
+
+#include <cinttypes>
+#include <csignal>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdexcept>
+#include <string>
+#include <sys/wait.h>
+#include <thread>
+#include <vector>
+
+namespace mefa = mooncake_efa;
+using namespace std::chrono_literals;
+
+constexpr std::uint64_t MiB = 1 << 20;
+// No test waits as long as this; it only keeps one that hangs from hanging for ever.
+constexpr auto LONG = 60s;
+
+// Zeroed pages, of which only those that are touched cost memory.
+class Memory {
+public:
+    explicit Memory(std::uint64_t length) : data_(map_memory(length)), length_(length) {}
+    Memory(const Memory &) = delete;
+    ~Memory() { munmap(data_, length_); }
+    unsigned char *data() const { return data_; }
+    std::uint64_t size() const { return length_; }
+    unsigned char *operator+(std::uint64_t offset) const { return data_ + offset; }
+    void fill(std::uint64_t offset, std::uint64_t length, std::uint64_t seed, std::uint64_t at) const {
+        pattern_fill(data_ + offset, length, seed, at);
+    }
+    // That a range is as pattern `seed` from place `at` on.
+    testing::AssertionResult is(std::uint64_t offset, std::uint64_t length, std::uint64_t seed,
+                                std::uint64_t at) const {
+        const std::uint64_t first = pattern_differs(data_ + offset, length, seed, at);
+        if (first == length) return testing::AssertionSuccess();
+        return testing::AssertionFailure() << "byte " << offset + first << " of ours differs";
+    }
+
+private:
+    unsigned char *data_;
+    std::uint64_t length_;
+};
+
+// The other process. Whatever it does wrong ends the test by an exception.
+class Target {
+public:
+    Target(const std::string &provider, std::uint64_t length, unsigned parts = 1, std::string name = "there:1",
+           std::vector<std::string> settings = {}) {
+        int to[2], from[2];
+        // Two pipes whose ends no other child inherits.
+        if (pipe2(to, O_CLOEXEC) != 0 || pipe2(from, O_CLOEXEC) != 0) throw std::runtime_error("pipe");
+        std::vector<std::string> words = {MEFA_TARGET, provider, name, std::to_string(length), std::to_string(parts)};
+        words.insert(words.end(), settings.begin(), settings.end());
+        std::vector<char *> arguments;
+        for (std::string &word : words) arguments.push_back(word.data());
+        arguments.push_back(nullptr);
+        process_ = fork();
+        if (process_ == 0) {
+            dup2(to[0], 0);
+            dup2(from[1], 1);
+            execv(MEFA_TARGET, arguments.data());
+            _exit(127);
+        }
+        close(to[0]);
+        close(from[1]);
+        commands_ = to[1];
+        answers_ = from[0];
+        base_ = std::stoull(answer());
+    }
+    Target(const Target &) = delete;
+    ~Target() {
+        kill();
+        close(commands_);
+        close(answers_);
+    }
+
+    std::string ask(const std::string &command) {
+        const std::string line = command + "\n";
+        if (write(commands_, line.data(), line.size()) != static_cast<ssize_t>(line.size()))
+            throw std::runtime_error("the target takes no commands");
+        return answer();
+    }
+    // Address of its memory's first byte.
+    std::uint64_t base() const { return base_; }
+    std::string descriptor() { return ask("descriptor"); }
+    void fill(std::uint64_t offset, std::uint64_t length, std::uint64_t seed) {
+        if (ask("fill " + three(offset, length, seed)) != "ok") throw std::runtime_error("fill");
+    }
+    testing::AssertionResult is(std::uint64_t offset, std::uint64_t length, std::uint64_t seed) {
+        const std::string said = ask("check " + three(offset, length, seed));
+        if (said == "ok") return testing::AssertionSuccess();
+        return testing::AssertionFailure() << "the target's memory: " << said;
+    }
+    std::uint64_t register_more(std::uint64_t length) { return std::stoull(ask("register " + std::to_string(length))); }
+
+    // Returns when it has stopped: it does nothing for its peers until resume().
+    void stop() {
+        int status = 0;
+        ::kill(process_, SIGSTOP);
+        if (waitpid(process_, &status, WUNTRACED) != process_ || !WIFSTOPPED(status)) throw std::runtime_error("stop");
+    }
+    void resume() { ::kill(process_, SIGCONT); }
+    // Returns when it is dead.
+    void kill() {
+        if (process_ > 0) {
+            ::kill(process_, SIGKILL);
+            waitpid(process_, nullptr, 0);
+        }
+        process_ = -1;
+    }
+
+private:
+    static std::string three(std::uint64_t a, std::uint64_t b, std::uint64_t c) {
+        return std::to_string(a) + " " + std::to_string(b) + " " + std::to_string(c);
+    }
+    std::string answer() {
+        for (;;) {
+            const std::size_t end = said_.find('\n');
+            if (end != std::string::npos) {
+                const std::string line = said_.substr(0, end);
+                said_.erase(0, end + 1);
+                return line;
+            }
+            pollfd ready = {answers_, POLLIN, 0};
+            char piece[65536];
+            if (poll(&ready, 1, 60000) != 1) throw std::runtime_error("the target does not answer");
+            const ssize_t length = ::read(answers_, piece, sizeof piece);
+            if (length <= 0) throw std::runtime_error("the target has ended");
+            said_.append(piece, static_cast<std::size_t>(length));
+        }
+    }
+
+    pid_t process_ = -1;
+    int commands_ = -1, answers_ = -1;
+    std::string said_;
+    std::uint64_t base_ = 0;
+};
+
+// A test over a provider, its parameter.
+class Pair : public testing::TestWithParam<const char *> {
+protected:
+    std::string provider() const { return GetParam(); }
+
+    void SetUp() override {
+        check_start(115);
+        signal(SIGPIPE, SIG_IGN);
+        auto transport = mefa::Transport::install(mefa::Config("probe:1").provider(provider()));
+        if (!transport && transport.code() == MEFA_CODE_DEVICE_NOT_FOUND) GTEST_SKIP() << transport.error().text;
+    }
+    void TearDown() override { alarm(0); }
+
+    mefa::Transport install(mefa::Config config) {
+        auto transport = mefa::Transport::install(config.provider(provider()));
+        if (!transport) throw std::runtime_error(transport.error().text);
+        return std::move(*transport);
+    }
+    mefa::Transport install() { return install(mefa::Config("here:1")); }
+};
+
+// What a call gave; the test ends where it gave an error.
+template <class T> T must(mefa::Result<T> result) {
+    if (!result) throw std::runtime_error(std::to_string(result.code()) + " " + result.error().text);
+    return std::move(*result);
+}
+
+// That a call failed with this code, and said something.
+template <class T> testing::AssertionResult fails(int code, const mefa::Result<T> &result) {
+    if (result.code() == code && !result.error().text.empty()) return testing::AssertionSuccess();
+    return testing::AssertionFailure() << "it gave " << result.code() << " \"" << result.error().text << "\", not " << code;
+}
+
+// One batch of requests from start to end: its status.
+inline mefa_status run(mefa::Transport &transport, mefa::Span<mefa_request> requests, mefa::nanoseconds timeout = LONG) {
+    auto batch = must(transport.batch(requests.size));
+    must(batch.submit(requests, timeout));
+    const mefa_status status = must(batch.wait(LONG + timeout));
+    for (std::size_t task = 0; task < requests.size; ++task) {
+        const auto state = must(batch.task(task));
+        if (status == MEFA_STATUS_COMPLETED) {
+            EXPECT_EQ(state.status, MEFA_STATUS_COMPLETED);
+            EXPECT_EQ(state.bytes, requests.data[task].length);
+        }
+    }
+    must(batch.close());
+    return status;
+}
+
+inline mefa_status run(mefa::Transport &transport, const mefa_request &request) { return run(transport, {&request, 1}); }
+
+// `text` with its first `what` replaced.
+inline std::string replaced(std::string text, const std::string &what, const std::string &with) {
+    const std::size_t at = text.find(what);
+    if (at == std::string::npos) throw std::runtime_error("no " + what + " in " + text);
+    return text.replace(at, what.size(), with);
+}
+
+// Waits for a condition; false if it does not come.
+template <class F> bool eventually(F condition) {
+    const auto limit = std::chrono::steady_clock::now() + LONG;
+    while (!condition()) {
+        if (std::chrono::steady_clock::now() > limit) return false;
+        std::this_thread::sleep_for(1ms);
+    }
+    return true;
+}
+
+#define OVER(suite, ...) \
+    INSTANTIATE_TEST_SUITE_P(Over, suite, testing::Values(__VA_ARGS__), [](const auto &info) { return std::string(info.param); })
