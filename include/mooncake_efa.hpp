@@ -52,11 +52,12 @@ private:
     Error error_;
 };
 
-// Items that the caller keeps alive for one call: {pointer, count}, a vector, or an array.
+// Items that the caller keeps alive for one call: {pointer, count}, one item, a vector, or an array.
 template <class T> struct Span {
     const T *data;
     std::size_t size;
     Span(const T *items, std::size_t count) : data(items), size(count) {}
+    Span(const T &item) : Span(&item, 1) {}
     Span(const std::vector<T> &items) : data(items.data()), size(items.size()) {}
     template <std::size_t N> Span(const T (&items)[N]) : data(items), size(N) {}
 };
@@ -265,7 +266,7 @@ public:
     // location: "cpu:0", "cuda:3", ...; NULL: find out. The memory must outlive its Registration.
     Result<Registration> register_memory(void *address, std::uint64_t length, const char *location = nullptr) {
         const mefa_memory one = {address, length, location};
-        auto made = register_many({&one, 1});
+        auto made = register_many(one);
         return made ? Result(std::move(made->front())) : made.error();
     }
     // All, or none.
@@ -346,5 +347,4 @@ inline Result<> log_to(std::function<void(int level, const char *text)> sink) {
     return detail::done(mefa_log_to(kept != nullptr ? call : nullptr, kept));
 }
 } // namespace mooncake_efa
-
 #endif // MOONCAKE_EFA_HPP

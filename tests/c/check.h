@@ -71,8 +71,9 @@ static inline void check_start(unsigned seconds) {
 
 /* A transport of this provider, all else as it comes; skips the test where there is no such device. */
 static inline mefa_transport check_install(const char *provider, const char *name) {
-    mefa_config config = {0};
+    mefa_config config;
     mefa_transport transport = 0;
+    memset(&config, 0, sizeof config);
     config.size = sizeof config;
     config.server_name = name;
     config.provider = provider;

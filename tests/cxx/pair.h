@@ -14,6 +14,7 @@
 #include <cinttypes>
 #include <csignal>
 #include <fcntl.h>
+#include <iostream>
 #include <poll.h>
 #include <stdexcept>
 #include <string>
@@ -191,13 +192,14 @@ inline mefa_status run(mefa::Transport &transport, mefa::Span<mefa_request> requ
         if (status == MEFA_STATUS_COMPLETED) {
             EXPECT_EQ(state.status, MEFA_STATUS_COMPLETED);
             EXPECT_EQ(state.bytes, requests.data[task].length);
+        } else {
+            std::cerr << "task " << task << " ended with status " << state.status << ": "
+                      << must(batch.task_error(task)) << "\n";
         }
     }
     must(batch.close());
     return status;
 }
-
-inline mefa_status run(mefa::Transport &transport, const mefa_request &request) { return run(transport, {&request, 1}); }
 
 // `text` with its first `what` replaced.
 inline std::string replaced(std::string text, const std::string &what, const std::string &with) {

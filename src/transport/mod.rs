@@ -4,6 +4,9 @@
 //! Every method may be called from any thread.
 #![forbid(unsafe_code)]
 
+mod choice;
+mod poller;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +21,7 @@ use crate::engine::{
     Request, Settings, Status, TargetId,
 };
 use crate::error::{Code, Error, Result};
-use crate::fabric::{Libfabric, Memory, MemoryKind, Waiter};
+use crate::fabric::{Libfabric, Memory, MemoryKind};
 use crate::hmem;
 use crate::nic::{self, Device, FabricNic, Limits};
 use crate::segment::{self, Buffer as BufferDescriptor, Handshake, Segment};
@@ -26,23 +29,12 @@ use crate::stats::{RailStats, Stats};
 use crate::topology::Topology;
 
 pub use crate::engine::Registered;
+use choice::{choose, no_devices, open_all, read_topology};
+use poller::{Patience, Sleeper};
 
 /// Longest single operation if `MC_SLICE_SIZE` does not say: large enough that its own cost does not
 /// matter, small enough to give others a turn on a slow link.
 const DEFAULT_SLICE: u64 = 4 << 20;
-/// How long an idle poller sleeps at most when no file descriptor will wake it: providers with
-/// manual progress need its answers.
-const HEARTBEAT: Duration = Duration::from_millis(10);
-/// How long it sleeps at most when one will.
-const LONG_SLEEP: Duration = Duration::from_secs(1);
-/// How often it looks between two sleeps: a peer that got its answer may ask again at once.
-const LOOKS: u32 = 16;
-/// By how much the first poll after a sleep, and the others, differ in time though they find nothing;
-/// nanoseconds. Too low costs an idle process CPU, too high costs a peer's first operations time.
-const COLD_SLACK: u64 = 5000;
-const WARM_SLACK: u64 = 300;
-/// How long it looks away while others make the progress.
-const LOOK_AWAY: Duration = Duration::from_micros(100);
 /// Rails that register memory at the same time, unless MC_MAX_CONCURRENT_REG_MR says otherwise.
 const MAX_REGISTERING: usize = 16;
 /// Longest wait for operations in flight when a transport is dropped.
@@ -98,12 +90,6 @@ struct Shared {
     sleepers: Vec<Sleeper>,
 }
 
-/// One poller's bed, and whether it is in it.
-struct Sleeper {
-    waiter: Waiter,
-    asleep: AtomicBool,
-}
-
 /// The provider's devices that could be used, without opening any.
 ///
 /// # Errors
@@ -147,9 +133,7 @@ impl Transport {
             0 => names.len(),
             count => count.min(names.len()),
         };
-        let sleepers = (0..threads)
-            .map(|_| Ok(Sleeper { waiter: Waiter::new()?, asleep: AtomicBool::new(false) }))
-            .collect::<Result<_>>()?;
+        let sleepers = (0..threads).map(|_| Sleeper::new()).collect::<Result<_>>()?;
         let shared = Arc::new(Shared {
             engine: Engine::new(nics, settings, observer),
             clock: Instant::now(),
@@ -168,7 +152,7 @@ impl Transport {
             let shared = transport.shared.clone();
             let poller = std::thread::Builder::new()
                 .name(format!("mefa-poll-{index}"))
-                .spawn(move || shared.poll_loop(index))
+                .spawn(move || shared.poll(index))
                 .map_err(|why| Error::new(Code::Context, format!("starting a thread: {why}")))?;
             transport.pollers.push(poller);
         }
@@ -377,7 +361,7 @@ impl Transport {
             Ok(first) => first,
             Err(refusal) => shared.resolve(Some(refusal), submit)?,
         };
-        shared.wake_pollers();
+        shared.sleepers.iter().for_each(Sleeper::wake);
         Ok(first)
     }
 
@@ -486,7 +470,7 @@ impl Drop for Transport {
         }
         shared.stop.store(true, Ordering::Release);
         for sleeper in &shared.sleepers {
-            sleeper.waiter.wake();
+            sleeper.wake();
         }
         for poller in self.pollers.drain(..) {
             let _ = poller.join();
@@ -495,6 +479,13 @@ impl Drop for Transport {
 }
 
 impl Shared {
+    /// The life of poller `index`: every `sleepers.len()`-th rail is its own.
+    fn poll(&self, index: usize) {
+        let rails: Vec<usize> = (index..self.names.len()).step_by(self.sleepers.len()).collect();
+        let clock = || self.now();
+        poller::run(&self.engine, &rails, &self.sleepers[index], &self.stop, clock);
+    }
+
     fn now(&self) -> u64 {
         nanoseconds(self.clock.elapsed())
     }
@@ -609,267 +600,8 @@ impl Shared {
         })?;
         self.engine.set_address(target, nic, &address)
     }
-
-    fn wake_pollers(&self) {
-        for sleeper in &self.sleepers {
-            if sleeper.asleep.load(Ordering::SeqCst) {
-                sleeper.waiter.wake();
-            }
-        }
-    }
-
-    /// One poller's life: every `sleepers.len()`-th rail is its own.
-    fn poll_loop(&self, index: usize) {
-        let rails: Vec<usize> = (index..self.names.len()).step_by(self.sleepers.len()).collect();
-        let mut turns: Vec<u64> = rails.iter().map(|&rail| self.engine.turns(rail)).collect();
-        // After a sleep everything is slow, so the first look has a measure of its own.
-        let mut efforts = vec![[Effort::default(); 2]; rails.len()];
-        let mut patience = Patience::default();
-        let mut looks = 0;
-        while !self.stop.load(Ordering::Acquire) {
-            let mut now = self.now();
-            let (mut work, mut others, mut active) = (false, false, false);
-            for ((&rail, seen), effort) in rails.iter().zip(&mut turns).zip(&mut efforts) {
-                let busy = self.engine.load(rail) > 0;
-                work |= busy;
-                if busy && self.engine.turns(rail) != *seen {
-                    others = true;
-                } else {
-                    active |= self.engine.poll(rail, now).unwrap_or(0) > 0;
-                    let before = std::mem::replace(&mut now, self.now());
-                    let slack = if looks == 0 { COLD_SLACK } else { WARM_SLACK };
-                    active |= effort[usize::from(looks > 0)].is_unusual(now - before, slack);
-                }
-                *seen = self.engine.turns(rail);
-            }
-            looks += 1;
-            if active {
-                patience = Patience::default();
-            } else if others {
-                // Whoever waits for these transfers makes their progress: do not get in the way.
-                std::thread::sleep(LOOK_AWAY);
-            } else if work || patience.is_fresh() {
-                patience.pause();
-            } else if looks > LOOKS {
-                self.sleep(&self.sleepers[index], &rails, &mut patience);
-                looks = 0;
-            }
-        }
-    }
-
-    fn sleep(&self, sleeper: &Sleeper, rails: &[usize], patience: &mut Patience) {
-        sleeper.asleep.store(true, Ordering::SeqCst);
-        let work = rails.iter().any(|&rail| self.engine.load(rail) > 0);
-        if !work && !self.stop.load(Ordering::SeqCst) {
-            let ready = |&rail: &usize| {
-                self.engine.with_nic(rail, |nic| (nic.fd(), nic.fd().is_none() || nic.may_sleep()))
-            };
-            let states: Vec<_> = rails.iter().map(ready).collect();
-            if states.iter().all(|(_, quiet)| *quiet) {
-                let fds: Vec<_> = states.iter().filter_map(|(fd, _)| *fd).collect();
-                let longest =
-                    if fds.len() == rails.len() { LONG_SLEEP } else { patience.longer(HEARTBEAT) };
-                sleeper.waiter.sleep(&fds, longest);
-            }
-        }
-        sleeper.asleep.store(false, Ordering::SeqCst);
-    }
-}
-
-/// How to wait for something that has no way to wake us: look again at once for a while, then let
-/// others run, then sleep a little between looks.
-#[derive(Default)]
-struct Patience {
-    rounds: u32,
-}
-
-impl Patience {
-    const SPIN: u32 = 100;
-    const YIELD: u32 = 2000;
-
-    fn pause(&mut self) {
-        self.rounds = self.rounds.saturating_add(1);
-        match self.rounds {
-            0..Self::SPIN => std::hint::spin_loop(),
-            Self::SPIN..Self::YIELD => std::thread::yield_now(),
-            _ => std::thread::sleep(Duration::from_micros(20)),
-        }
-    }
-
-    /// Still in the phase that is quick to answer.
-    fn is_fresh(&self) -> bool {
-        self.rounds < Self::SPIN + 100
-    }
-
-    /// A sleep that is longer each time, up to `most`.
-    fn longer(&mut self, most: Duration) -> Duration {
-        self.rounds = self.rounds.saturating_add(50);
-        Duration::from_micros(u64::from(self.rounds)).min(most)
-    }
-}
-
-/// Tells whether a poll did something for a peer. Providers with manual progress answer peers inside
-/// a poll without saying so, and such a poll takes several times as long as one that finds nothing.
-#[derive(Clone, Copy, Default)]
-struct Effort {
-    /// How long a poll that finds nothing takes, nanoseconds; 0 until the first.
-    idle: u64,
-    polls: u32,
-}
-
-impl Effort {
-    /// Polls after which the idle time may rise, in case the machine became slower.
-    const RELAX_EVERY: u32 = 1024;
-
-    /// Whether a poll of `took` nanoseconds did something. `slack` is how much polls that find
-    /// nothing differ.
-    fn is_unusual(&mut self, took: u64, slack: u64) -> bool {
-        self.polls = self.polls.wrapping_add(1);
-        if self.idle == 0 || took < self.idle {
-            self.idle = took.max(1);
-        } else if self.polls % Self::RELAX_EVERY == 0 {
-            self.idle += self.idle / 16 + 1;
-        }
-        took > 3 * self.idle + slack
-    }
 }
 
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-fn read_topology(path: &std::path::Path) -> Result<Topology> {
-    let context = format!("MC_CUSTOM_TOPO_JSON={}", path.display());
-    let text =
-        std::fs::read_to_string(path).map_err(|why| Error::invalid(format!("{context}: {why}")))?;
-    Topology::from_json(&text).map_err(|error| error.context(context))
-}
-
-fn no_devices(lib: &Libfabric, config: &Config) -> Error {
-    let text = if config.provider == "efa" {
-        format!(
-            "No EFA devices found: libfabric {} ({}) has no reliable-datagram endpoint of provider \
-             efa. Check `fi_info -p efa` and that the instance has EFA interfaces. To run over a \
-             software provider instead, set MC_EFA_PROVIDER=tcp (or shm, within one host)",
-            lib.version(),
-            lib.path()
-        )
-    } else {
-        format!(
-            "No devices found: libfabric {} ({}) has no reliable-datagram endpoint of provider {} \
-             (MC_EFA_PROVIDER). `fi_info -t FI_EP_RDM` lists what there is",
-            lib.version(),
-            lib.path(),
-            config.provider
-        )
-    };
-    Error::new(Code::DeviceNotFound, text)
-}
-
-/// Which of the devices found to open, and in what order.
-fn choose(
-    found: Vec<Device>,
-    asked: &[String],
-    topology: Option<&Topology>,
-    config: &Config,
-) -> Result<Vec<(String, Device)>> {
-    let list = |devices: &[Device]| {
-        devices.iter().map(|device| device.name.as_str()).collect::<Vec<_>>().join(", ")
-    };
-    let find = |name: &str| found.iter().find(|device| device.name == name).cloned();
-    let mut wanted: Vec<Device> = Vec::new();
-    if !asked.is_empty() {
-        for name in asked {
-            wanted.push(find(name).ok_or_else(|| {
-                Error::new(
-                    Code::DeviceNotFound,
-                    format!("no device {name}: provider {} has {}", config.provider, list(&found)),
-                )
-            })?);
-        }
-    } else if let Some(topology) = topology {
-        // The host's topology lists every RDMA device of the machine; those of other kinds are not
-        // ours.
-        wanted = topology.devices().iter().filter_map(|name| find(name)).collect();
-    }
-    if wanted.is_empty() && asked.is_empty() {
-        if let Some(topology) = topology.filter(|topology| !topology.devices().is_empty()) {
-            log::warn!(
-                "none of the topology's devices ({}) is one of provider {}; using {}",
-                topology.devices().join(", "),
-                config.provider,
-                list(&found)
-            );
-        }
-        let outward = |device: &&Device| !(device.info().speaks_ip() && device.name == "lo");
-        wanted = found.iter().filter(outward).cloned().collect();
-        if wanted.is_empty() {
-            wanted.clone_from(&found);
-        }
-    }
-    if !config.devices.is_empty() {
-        wanted.retain(|device| config.devices.contains(&device.name));
-    }
-    if wanted.is_empty() {
-        return Err(Error::new(
-            Code::DeviceNotFound,
-            format!(
-                "MC_TE_FILTERS={} leaves no device of {}",
-                config.devices.join(","),
-                list(&found)
-            ),
-        ));
-    }
-    let mut named: Vec<(String, Device)> = Vec::new();
-    for device in wanted {
-        let same = named.iter().filter(|(_, other)| other.name == device.name).count();
-        let name = if same == 0 { device.name.clone() } else { format!("{}#{same}", device.name) };
-        named.push((name, device));
-    }
-    Ok(named)
-}
-
-/// Opens devices; one that cannot be opened is left out, with the reason, as long as another can.
-fn open_all(
-    lib: &'static Libfabric,
-    devices: Vec<(String, Device)>,
-    config: &Config,
-) -> Result<Vec<(String, FabricNic)>> {
-    let limits =
-        Limits { operations: config.max_wr, completions: config.max_cqe, peers: config.av_size };
-    let mut nics = Vec::new();
-    let mut last = None;
-    for (name, device) in devices {
-        let info = device.info().clone();
-        match FabricNic::open(lib, device, &limits) {
-            Ok(nic) => {
-                log::info!(
-                    "EFA device (libfabric): {name}, domain: {}, fabric: {}, provider: {}",
-                    info.domain(),
-                    info.fabric(),
-                    info.provider()
-                );
-                let (writes, reads) = nic.emulation();
-                for (emulated, what) in [(writes, "writes"), (reads, "reads")] {
-                    if emulated == Some(true) {
-                        log::warn!(
-                            "{name}: libfabric {} emulates RDMA {what} in software, which is slow: \
-                             the device, its driver or libfabric is too old, or \
-                             FI_EFA_USE_DEVICE_RDMA=0 is set",
-                            lib.version()
-                        );
-                    }
-                }
-                nics.push((name, nic));
-            }
-            Err(error) => {
-                log::error!("{error}; going on without it");
-                last = Some(error);
-            }
-        }
-    }
-    match last {
-        Some(error) if nics.is_empty() => Err(error),
-        _ => Ok(nics),
-    }
 }
