@@ -226,8 +226,9 @@ impl<N: Nic> Engine<N> {
         self.rails[rail].counters()
     }
 
-    /// Calls `f` with a rail's NIC, when no one else uses it.
-    pub fn with_nic<R>(&self, rail: usize, f: impl FnOnce(&mut N) -> R) -> R {
+    /// Calls `f` with a rail's NIC, when no one else uses it; [`Code::Busy`] if the one who does stays
+    /// in the provider for 10 seconds.
+    pub fn with_nic<R>(&self, rail: usize, f: impl FnOnce(&mut N) -> R) -> Result<R> {
         self.rails[rail].with_nic(f)
     }
 
@@ -348,10 +349,12 @@ impl<N: Nic> Engine<N> {
                 if !wanted[*index].rails.contains(&(rail as u16)) {
                     continue;
                 }
-                match self.rails[rail].with_nic(|nic| nic.register(number.index, memory)) {
+                let rail = &self.rails[rail];
+                match rail.with_nic(|nic| nic.register(number.index, memory)).and_then(|done| done)
+                {
                     Ok(new) => *key = new,
                     Err(error) => {
-                        let context = format!("registering memory on {}", self.rails[rail].name);
+                        let context = format!("registering memory on {}", rail.name);
                         return (keys, Some(error.context(context)));
                     }
                 }
@@ -377,7 +380,9 @@ impl<N: Nic> Engine<N> {
             for (rail, (keys, _)) in results.iter().enumerate() {
                 for (key, (_, _, number)) in keys.iter().zip(made) {
                     if *key != 0 {
-                        let undone = self.rails[rail].with_nic(|nic| nic.unregister(number.index));
+                        let undone = self.rails[rail]
+                            .with_nic(|nic| nic.unregister(number.index))
+                            .and_then(|done| done);
                         if let Err(error) = undone {
                             log::warn!(
                                 "undoing a registration on {}: {error}",
@@ -427,7 +432,9 @@ impl<N: Nic> Engine<N> {
         for (number, rails) in &record.regions {
             for &rail in rails {
                 let rail = &self.rails[usize::from(rail)];
-                if let Err(error) = rail.with_nic(|nic| nic.unregister(number.index)) {
+                if let Err(error) =
+                    rail.with_nic(|nic| nic.unregister(number.index)).and_then(|done| done)
+                {
                     result = Err(error.context(format!("unregistering on {}", rail.name)));
                 }
             }
@@ -522,7 +529,8 @@ impl<N: Nic> Engine<N> {
         let Some(address) = remote.address.get() else {
             return Err(Refusal::NeedsHandshake { rail, nic, target: id });
         };
-        let peer = self.rails[rail].with_nic(|own| own.connect(address)).map_err(|error| {
+        let connected = self.rails[rail].with_nic(|own| own.connect(address)).and_then(|done| done);
+        let peer = connected.map_err(|error| {
             let rail = &self.rails[rail].name;
             error.context(format!("connecting {rail} to {} of {}", remote.name, target.name))
         })?;

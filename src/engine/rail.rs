@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
@@ -12,6 +13,7 @@ use parking_lot::Mutex;
 use super::batch::{Batches, Ended, GroupRef, Status};
 use super::nic::{Completion, Nic, Operation, PeerAddress, Post};
 use super::region::Users;
+use crate::error::{Code, Error, Result};
 
 /// Posts between two looks at the completion queue: completions are not kept waiting by a long
 /// queue, nor the queue by completions.
@@ -19,6 +21,8 @@ const TURN: usize = 32;
 /// Turns before a driver must publish what ended: with a provider that completes at once, others'
 /// submissions could keep it here forever.
 const TURNS: usize = 8;
+/// Longest wait for the NIC while someone else is using it: no call of a healthy provider takes so long.
+const UNRESPONSIVE: Duration = Duration::from_secs(10);
 /// How often deadlines are looked at, nanoseconds.
 const SCAN_EVERY: u64 = 20_000_000;
 
@@ -181,8 +185,21 @@ impl<N: Nic> Rail<N> {
     }
 
     /// Calls `f` with the NIC, when no one else uses it.
-    pub fn with_nic<R>(&self, f: impl FnOnce(&mut N) -> R) -> R {
-        f(&mut self.driver.lock().nic)
+    ///
+    /// # Errors
+    /// [`Code::Busy`] if whoever uses it does not return from the provider in 10 seconds. (Seen with
+    /// `shm`, where a peer that is killed can leave a lock in shared memory taken for ever.)
+    pub fn with_nic<R>(&self, f: impl FnOnce(&mut N) -> R) -> Result<R> {
+        match self.driver.try_lock_for(UNRESPONSIVE) {
+            Some(mut driver) => Ok(f(&mut driver.nic)),
+            None => Err(Error::new(
+                Code::Busy,
+                format!(
+                    "{} does not respond: the provider has not returned for {UNRESPONSIVE:?}",
+                    self.name
+                ),
+            )),
+        }
     }
 
     /// Appends spans, whose bytes are `bytes`.
@@ -389,9 +406,12 @@ impl<N: Nic> Rail<N> {
         }
     }
 
-    /// Gives up what is condemned without waiting for the next turn of its queue.
+    /// Gives up what is condemned without waiting for the next turn of its queue; unless someone is at
+    /// it, who will.
     pub fn sweep(&self, shared: &Shared, now: u64, ended: &mut Vec<Ended>) {
-        self.scan(&mut self.driver.lock(), shared, now, ended);
+        if let Some(mut driver) = self.driver.try_lock() {
+            self.scan(&mut driver, shared, now, ended);
+        }
     }
 
     pub fn counters(&self) -> RailCounters {

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 
 use crate::config::{Config, NicSelection};
 use crate::engine::{
-    BatchId, Engine, Observer, Refusal, Registration, RemoteBuffer, RemoteNic, RemoteSegment,
+    BatchId, Engine, Nic, Observer, Refusal, Registration, RemoteBuffer, RemoteNic, RemoteSegment,
     Request, Settings, Status, TargetId,
 };
 use crate::error::{Code, Error, Result};
@@ -69,7 +69,7 @@ pub struct Options {
 }
 
 /// See the module's documentation. Dropping it cancels what is under way and waits for the provider
-/// to give it back, 5 seconds at most.
+/// to give it back, 5 seconds at most (10 if the provider does not even return).
 pub struct Transport {
     shared: Arc<Shared>,
     pollers: Vec<JoinHandle<()>>,
@@ -83,6 +83,9 @@ struct Shared {
     server_name: String,
     topology: Topology,
     names: Vec<String>,
+    /// Addresses of our endpoints, by rail.
+    addresses: Vec<Box<[u8]>>,
+    lib: &'static Libfabric,
     host: Option<Box<dyn Host>>,
     /// What is registered: location and regions, by first byte.
     buffers: Mutex<BTreeMap<u64, (String, Vec<Registered>)>>,
@@ -118,6 +121,7 @@ impl Transport {
         };
         let chosen = choose(found, &devices, topology.as_ref(), &config)?;
         let nics = open_all(lib, chosen, &config)?;
+        let addresses = nics.iter().map(|(_, nic)| nic.address().into()).collect();
         let names: Vec<String> = nics.iter().map(|(name, _)| name.clone()).collect();
         let settings = Settings {
             slice: config.slice_size.unwrap_or(DEFAULT_SLICE),
@@ -142,6 +146,8 @@ impl Transport {
             provider,
             server_name,
             names,
+            addresses,
+            lib,
             host,
             buffers: Mutex::default(),
             stop: AtomicBool::new(false),
@@ -234,9 +240,7 @@ impl Transport {
         let devices = shared.names.iter().enumerate().map(|(rail, name)| segment::Device {
             name: name.clone(),
             lid: 0,
-            gid: shared
-                .engine
-                .with_nic(rail, |nic| segment::encode_gid(&shared.provider, nic.address())),
+            gid: segment::encode_gid(&shared.provider, &shared.addresses[rail]),
         });
         let buffers = shared.buffers.lock();
         let describe = |location: &String, region: &Registered| BufferDescriptor {
@@ -316,10 +320,9 @@ impl Transport {
             }
             (_, None) => answer.reply_msg = "efa_addr is not a hexadecimal address".to_owned(),
             (Some(rail), Some(address)) => {
-                let connected = shared.engine.with_nic(rail, |nic| {
-                    answer.efa_addr = segment::hex_encode(nic.address());
-                    crate::engine::Nic::connect(nic, &address).map(drop)
-                });
+                let connect = |nic: &mut FabricNic| Nic::connect(nic, &address).map(drop);
+                let connected = shared.engine.with_nic(rail, connect).and_then(|done| done);
+                answer.efa_addr = segment::hex_encode(&shared.addresses[rail]);
                 if let Err(error) = connected {
                     answer.efa_addr.clear();
                     answer.reply_msg = error.text;
@@ -391,10 +394,8 @@ impl Transport {
     pub fn task_error(&self, batch: BatchId, task: u32) -> Result<Option<String>> {
         let engine = &self.shared.engine;
         Ok(engine.task_failure(batch, task)?.map(|(rail, errno)| {
-            engine.with_nic(rail, |nic| {
-                let why = crate::engine::Nic::explain(nic, errno, 0);
-                format!("failed on {}: {why}", engine.rail_name(rail))
-            })
+            let why = self.shared.lib.strerror(errno);
+            format!("failed on {}: {why} (error {errno})", engine.rail_name(rail))
         }))
     }
 
@@ -469,11 +470,20 @@ impl Drop for Transport {
             log::warn!("operations in flight did not come back in {DRAIN:?}; closing anyway");
         }
         shared.stop.store(true, Ordering::Release);
-        for sleeper in &shared.sleepers {
-            sleeper.wake();
-        }
+        shared.sleepers.iter().for_each(Sleeper::wake);
         for poller in self.pollers.drain(..) {
-            let _ = poller.join();
+            while !poller.is_finished() && Instant::now() < limit + DRAIN {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if poller.is_finished() {
+                let _ = poller.join();
+            } else {
+                // It has the NICs, so they stay open: better than a shutdown that never ends.
+                log::error!(
+                    "provider {} does not return; a thread and its devices are left behind",
+                    shared.provider
+                );
+            }
         }
     }
 }
@@ -586,7 +596,7 @@ impl Shared {
         let request = Handshake {
             local_nic_path: segment::nic_path(&self.server_name, &self.names[rail]),
             peer_nic_path: segment::nic_path(&server, &peer_nic),
-            efa_addr: self.engine.with_nic(rail, |nic| segment::hex_encode(nic.address())),
+            efa_addr: segment::hex_encode(&self.addresses[rail]),
             ..Handshake::default()
         };
         let answer = Handshake::from_json(&host.handshake(&server, &request.to_json())?)?;

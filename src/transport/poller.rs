@@ -111,10 +111,11 @@ fn sleep(
         let mut fds = Vec::with_capacity(rails.len());
         let mut quiet = true;
         for &rail in rails {
-            engine.with_nic(rail, |nic| {
+            let looked = engine.with_nic(rail, |nic| {
                 fds.extend(nic.fd());
-                quiet &= nic.fd().is_none() || nic.may_sleep();
+                nic.fd().is_none() || nic.may_sleep()
             });
+            quiet &= looked.unwrap_or(false);
         }
         if quiet {
             let longest = if fds.len() == rails.len() { LONG_SLEEP } else { longest };

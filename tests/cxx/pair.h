@@ -82,8 +82,14 @@ public:
     }
     Target(const Target &) = delete;
     ~Target() {
-        kill();
+        // It ends when its commands do, and cleans up; if it does not, it is killed.
         close(commands_);
+        if (process_ > 0) {
+            resume();
+            pollfd ended = {answers_, POLLIN, 0};
+            poll(&ended, 1, 20000);
+        }
+        kill();
         close(answers_);
     }
 
@@ -115,10 +121,12 @@ public:
     void resume() { ::kill(process_, SIGCONT); }
     // Returns when it is dead.
     void kill() {
-        if (process_ > 0) {
-            ::kill(process_, SIGKILL);
-            waitpid(process_, nullptr, 0);
-        }
+        if (process_ <= 0) return;
+        ::kill(process_, SIGKILL);
+        waitpid(process_, nullptr, 0);
+        // What the provider shm leaves behind then.
+        const std::string left = "/dev/shm/" + std::to_string(process_) + ":0:0";
+        unlink(left.c_str());
         process_ = -1;
     }
 
