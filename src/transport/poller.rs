@@ -12,7 +12,7 @@ use crate::nic::FabricNic;
 const HOT: u64 = 200_000;
 /// After that it sleeps for this part of the time since there was something to do: soon after work it
 /// looks often, since there may be more; long after, seldom.
-const SLEEP_PART: u64 = 16;
+const SLEEP_PART: u64 = 4;
 /// How long it sleeps at most when no file descriptor will wake it: providers with manual progress need
 /// its answers.
 const HEARTBEAT: Duration = Duration::from_millis(10);
@@ -20,12 +20,17 @@ const HEARTBEAT: Duration = Duration::from_millis(10);
 const LONG_SLEEP: Duration = Duration::from_secs(1);
 /// How long it looks away while others make the progress.
 const LOOK_AWAY: Duration = Duration::from_micros(100);
-/// How often it looks between two sleeps: a peer that got its answer may ask again at once.
-const LOOKS: u32 = 16;
-/// By how much the first poll after a sleep, and the others, differ in time though they find nothing;
+/// How long it looks between two sleeps, nanoseconds: a peer that got its answer may ask again at once.
+const LOOK: u64 = 10_000;
+/// By how much polls that find nothing differ in time: the first after a sleep, and the others;
 /// nanoseconds. Too low costs an idle process CPU time, too high costs a peer's first operations time.
 const COLD_SLACK: u64 = 5000;
-const WARM_SLACK: u64 = 200;
+const WARM_SLACK: u64 = 250;
+/// A first poll that takes so much longer than an empty one is no accident.
+const COLD_CERTAIN: u64 = 20_000;
+/// Unusual polls, since it slept or was last sure, that make it sure that a peer is at work. A single
+/// one may be an interrupt.
+const EVIDENCE: u32 = 2;
 
 /// One poller's bed, and whether it is in it.
 pub(super) struct Sleeper {
@@ -60,11 +65,12 @@ pub(super) fn run(
     // After a sleep everything is slow, so the first look has a measure of its own.
     let mut efforts = vec![[Effort::default(); 2]; rails.len()];
     let mut patience = Patience::default();
-    let (mut looks, mut last_active) = (0, clock());
+    let (mut cold, mut evidence) = (true, 0);
+    let (mut last_active, mut woken) = (clock(), 0);
     while !stop.load(Ordering::Acquire) {
         let mut now = clock();
         let (mut work, mut others, mut active) = (false, false, false);
-        for ((&rail, seen), effort) in rails.iter().zip(&mut turns).zip(&mut efforts) {
+        for ((&rail, seen), [first, later]) in rails.iter().zip(&mut turns).zip(&mut efforts) {
             let busy = engine.load(rail) > 0;
             work |= busy;
             if busy && engine.turns(rail) != *seen {
@@ -72,27 +78,36 @@ pub(super) fn run(
             } else {
                 active |= engine.poll(rail, now).unwrap_or(0) > 0;
                 let before = std::mem::replace(&mut now, clock());
-                let slack = if looks == 0 { COLD_SLACK } else { WARM_SLACK };
-                active |= effort[usize::from(looks > 0)].is_unusual(now - before, slack);
+                evidence += if cold {
+                    let excess = first.excess(now - before);
+                    u32::from(excess > COLD_SLACK) + u32::from(excess > COLD_CERTAIN)
+                } else {
+                    u32::from(later.excess(now - before) > WARM_SLACK)
+                };
             }
             *seen = engine.turns(rail);
         }
-        looks += 1;
+        cold = false;
+        active |= evidence >= EVIDENCE;
+        if active {
+            patience = Patience::default();
+            evidence = 0;
+        }
         if active || work {
             last_active = now;
         }
         let idle = now - last_active;
         if active {
-            patience = Patience::default();
+            // There may be more.
         } else if others {
             // Whoever waits for these transfers makes their progress: do not get in the way.
             std::thread::sleep(LOOK_AWAY);
         } else if work || idle < HOT {
             patience.pause();
-        } else if looks > LOOKS {
+        } else if now - woken > LOOK {
             let longest = HEARTBEAT.min(Duration::from_nanos(idle / SLEEP_PART));
             sleep(engine, rails, sleeper, stop, longest);
-            looks = 0;
+            (cold, evidence, woken) = (true, 0, clock());
         }
     }
 }
@@ -156,19 +171,19 @@ struct Effort {
 }
 
 impl Effort {
-    /// Polls after which the idle time may rise, in case the machine became slower.
-    const RELAX_EVERY: u32 = 1024;
+    /// Polls after which the idle time may rise, in case the machine became slower. Rare, because it
+    /// also rises while a peer keeps every poll busy.
+    const RELAX_EVERY: u32 = 1 << 16;
 
-    /// Whether a poll of `took` nanoseconds did something. `slack` is how much polls that find
-    /// nothing differ.
-    fn is_unusual(&mut self, took: u64, slack: u64) -> bool {
+    /// By how much a poll of `took` nanoseconds took longer than twice an empty one.
+    fn excess(&mut self, took: u64) -> u64 {
         self.polls = self.polls.wrapping_add(1);
         if self.idle == 0 || took < self.idle {
             self.idle = took.max(1);
         } else if self.polls % Self::RELAX_EVERY == 0 {
             self.idle += self.idle / 16 + 1;
         }
-        took > 2 * self.idle + slack
+        took.saturating_sub(2 * self.idle)
     }
 }
 
@@ -179,12 +194,13 @@ mod tests {
     #[test]
     fn a_long_poll_among_short_ones_is_unusual() {
         let mut effort = Effort::default();
-        assert!(!effort.is_unusual(100, 50));
-        assert!(!effort.is_unusual(240, 50));
-        assert!(effort.is_unusual(260, 50));
-        // A machine that becomes slower is not busy for ever.
-        let busy = (0..100_000).filter(|_| effort.is_unusual(1000, 50)).count();
-        assert!(busy < 60_000, "{busy}");
-        assert!(!effort.is_unusual(1000, 50));
+        assert_eq!(effort.excess(100), 0);
+        assert_eq!(effort.excess(200), 0);
+        assert_eq!(effort.excess(500), 300);
+        assert_eq!(effort.excess(90), 0);
+        assert_eq!(effort.excess(500), 320);
+        // A machine that became slower is not busy for ever.
+        let relaxed = (0..20_000_000).position(|_| effort.excess(300) == 0);
+        assert!(relaxed.is_some());
     }
 }
