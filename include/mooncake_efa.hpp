@@ -19,6 +19,7 @@
 
 #include "mooncake_efa.h"
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -176,7 +177,6 @@ struct Batch : detail::Owned<mefa_batch, &mefa_batch_free, &detail::end_batch> {
         const std::int64_t time = timeout.count() < 0 ? 0 : timeout.count();
         return detail::number<mefa_status>(mefa_wait, transport(), raw(), std::uint64_t(time));
     }
-    // Why a task failed; empty if it did not.
     Result<std::string> task_error(std::size_t task) const {
         return detail::text(mefa_task_error, transport(), raw(), task);
     }
@@ -208,7 +208,6 @@ public:
     explicit Config(std::string name) : server_name_(std::move(name)) {}
     Config &provider(std::string name) { return provider_ = std::move(name), *this; }
     Config &topology(std::string json) { return topology_ = std::move(json), *this; }
-    // One more device to use; without any, those of the topology, or all.
     Config &device(std::string name) { return devices_.push_back(std::move(name)), *this; }
     // Gets completions; mefa_completion_fn tells on which threads and what it may do.
     Config &on_completion(Completion callback) { return completion_ = std::move(callback), *this; }
@@ -269,7 +268,6 @@ public:
         auto made = register_many(one);
         return made ? Result(std::move(made->front())) : made.error();
     }
-    // All, or none.
     Result<std::vector<Registration>> register_many(Span<mefa_memory> memories) {
         std::vector<Registration> made;
         for (std::size_t i = 0; i < memories.size && memories.data != nullptr; ++i)
@@ -305,7 +303,6 @@ public:
     Result<Segment> open_name(const std::string &name) {
         return detail::make<Segment>(mefa_segment_open_name, raw(), name.c_str());
     }
-    // Answers a peer's handshake, JSON for JSON.
     Result<std::string> answer_handshake(const std::string &request) {
         return detail::text(mefa_handshake_answer, raw(), request.c_str());
     }
@@ -339,12 +336,15 @@ private:
 // Sends the process's log lines to `sink(level, text)`, on any thread; an empty one: standard error.
 // A sink is kept until the process ends, as lines may be on their way to it.
 inline Result<> log_to(std::function<void(int level, const char *text)> sink) {
-    using Sink = std::function<void(int, const char *)>;
+    struct Kept { std::function<void(int, const char *)> sink; Kept *older; };
+    static std::atomic<Kept *> newest{nullptr};
     const mefa_log_fn call = [](void *context, int level, const char *text) noexcept {
-        (*static_cast<Sink *>(context))(level, text);
+        static_cast<Kept *>(context)->sink(level, text);
     };
-    auto *kept = sink ? new Sink(std::move(sink)) : nullptr;
-    return detail::done(mefa_log_to(kept != nullptr ? call : nullptr, kept));
+    if (!sink) return detail::done(mefa_log_to(nullptr, nullptr));
+    Kept *kept = new Kept{std::move(sink), nullptr};
+    kept->older = newest.exchange(kept);
+    return detail::done(mefa_log_to(call, kept));
 }
 } // namespace mooncake_efa
 #endif // MOONCAKE_EFA_HPP

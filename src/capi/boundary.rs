@@ -124,7 +124,8 @@ pub(super) unsafe fn sized<T>(from: *const T, least: usize, name: &str) -> Resul
     }
     // SAFETY: the structure begins with its size.
     let size = unsafe { from.cast::<usize>().read() };
-    if size < least || size > 64 * 1024 {
+    // A size that ends inside a field is no structure that ever was.
+    if size < least || size > 64 * 1024 || size % align_of::<T>() != 0 {
         return Err(Error::invalid(format!(
             "{name}.size is {size}: set it to sizeof of the structure"
         )));

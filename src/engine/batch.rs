@@ -5,6 +5,7 @@
 //! `unfinished` tasks have no final status yet; `holds` counts groups whose memory the provider may
 //! still touch, plus one for the caller until he frees the batch.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::table::Table;
@@ -109,7 +110,8 @@ pub(super) struct Batch {
     /// Tasks that ended with something else than `Completed`.
     failed: AtomicU32,
     holds: AtomicU32,
-    tasks: Box<[Task]>,
+    /// Made when the slot is first used: a slot is small, its tasks may be many.
+    tasks: OnceLock<Box<[Task]>>,
 }
 
 /// Largest batch: 2^20 tasks.
@@ -152,17 +154,15 @@ impl Batches {
             )));
         }
         let class = capacity.next_power_of_two().ilog2();
-        let make = || Batch {
-            tasks: (0..1_u32 << class).map(|_| Task::default()).collect(),
-            ..Batch::default()
-        };
         let full = || Error::new(Code::TooManyRequests, "too many batches are allocated");
-        let (index, generation) = self.classes[class as usize].take(make).ok_or_else(full)?;
+        let (index, generation) =
+            self.classes[class as usize].take(Batch::default).ok_or_else(full)?;
         if index >= 1 << INDEX_BITS {
             return Err(full());
         }
         let slot = class << INDEX_BITS | index;
         let batch = self.at(slot);
+        batch.tasks.get_or_init(|| (0..1_u32 << class).map(|_| Task::default()).collect());
         batch.capacity.store(capacity, Ordering::Relaxed);
         batch.used.store(0, Ordering::Relaxed);
         batch.unfinished.store(0, Ordering::Relaxed);
@@ -224,7 +224,7 @@ impl Batches {
     }
 
     pub fn group(&self, group: GroupRef) -> &Task {
-        &self.at(group.slot).tasks[group.first as usize]
+        &self.at(group.slot).tasks()[group.first as usize]
     }
 
     /// One more hold on a group's batch, for an [`Ended`] besides the one of its last byte.
@@ -237,12 +237,12 @@ impl Batches {
     pub fn claim(&self, ended: &Ended, mut each: impl FnMut(u64, u64, Status)) -> bool {
         let batch = self.at(ended.group.slot);
         let first = ended.group.first as usize;
-        let leader = &batch.tasks[first];
+        let leader = &batch.tasks()[first];
         if leader.verdict.fetch_or(PUBLISHED, Ordering::AcqRel) & PUBLISHED != 0 {
             return false;
         }
         let count = leader.members.load(Ordering::Relaxed);
-        for task in &batch.tasks[first..first + count as usize] {
+        for task in &batch.tasks()[first..first + count as usize] {
             let moved = match ended.status {
                 Status::Completed => task.length.load(Ordering::Relaxed),
                 _ => 0,
@@ -257,11 +257,11 @@ impl Batches {
         let batch = self.at(ended.group.slot);
         if ended.claimed {
             let first = ended.group.first as usize;
-            let count = batch.tasks[first].members.load(Ordering::Relaxed);
+            let count = batch.tasks()[first].members.load(Ordering::Relaxed);
             if ended.status != Status::Completed {
                 batch.failed.fetch_add(count, Ordering::Relaxed);
             }
-            for task in &batch.tasks[first..first + count as usize] {
+            for task in &batch.tasks()[first..first + count as usize] {
                 task.status.store(ended.status as u32, Ordering::Release);
             }
             batch.unfinished.fetch_sub(count, Ordering::Release);
@@ -292,7 +292,7 @@ impl Pin<'_> {
 
     /// Prepares task `index`.
     pub fn prepare(&self, index: u32, length: u64, cookie: u64) {
-        let task = &self.batch.tasks[index as usize];
+        let task = &self.batch.tasks()[index as usize];
         task.members.store(0, Ordering::Relaxed);
         task.length.store(length, Ordering::Relaxed);
         task.cookie.store(cookie, Ordering::Relaxed);
@@ -302,7 +302,7 @@ impl Pin<'_> {
     /// Makes `count` prepared tasks from `first` on one group of `bytes` bytes, which holds the
     /// batch until it is published as quiet.
     pub fn start_group(&self, first: u32, count: u32, bytes: u64) -> GroupRef {
-        let task = &self.batch.tasks[first as usize];
+        let task = &self.batch.tasks()[first as usize];
         task.members.store(count, Ordering::Relaxed);
         task.remaining.store(bytes, Ordering::Relaxed);
         task.verdict.store(0, Ordering::Relaxed);
@@ -329,7 +329,7 @@ impl Pin<'_> {
         if index >= used {
             return Err(Error::invalid(format!("the batch has {used} tasks, none number {index}")));
         }
-        let task = &self.batch.tasks[index as usize];
+        let task = &self.batch.tasks()[index as usize];
         let status = Status::from_number(task.status.load(Ordering::Acquire));
         let moved = match status {
             Status::Completed => task.length.load(Ordering::Relaxed),
@@ -340,7 +340,7 @@ impl Pin<'_> {
 
     /// Rail and errno of the failure of the group that task `index` is in.
     pub fn failure(&self, index: u32) -> Option<(u32, i32)> {
-        let tasks = &self.batch.tasks[..=index as usize];
+        let tasks = &self.batch.tasks()[..=index as usize];
         let leader = tasks.iter().rev().find(|task| task.members.load(Ordering::Relaxed) > 0)?;
         match leader.failure.load(Ordering::Acquire) {
             0 => None,
@@ -372,8 +372,12 @@ impl Pin<'_> {
 }
 
 impl Batch {
+    fn tasks(&self) -> &[Task] {
+        self.tasks.get().map_or(&[], |tasks| tasks)
+    }
+
     fn condemn(&self, verdict: Status) {
-        for task in &self.tasks[..self.used.load(Ordering::Acquire) as usize] {
+        for task in &self.tasks()[..self.used.load(Ordering::Acquire) as usize] {
             if task.members.load(Ordering::Relaxed) > 0 {
                 task.condemn(verdict);
             }

@@ -19,7 +19,7 @@ pub(super) struct LocalRegion {
 }
 
 /// A remote region.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RemoteRegion {
     pub start: u64,
     pub end: u64,

@@ -113,9 +113,14 @@ impl Target {
         self.slot(rail, nic).store(peer.0, Ordering::Release);
     }
 
-    /// Takes over the handshakes done for an older descriptor of the same peer, where that still
-    /// names the same NIC without an address.
+    /// Takes over the handshakes done for an older descriptor of the same peer, where this one still
+    /// names the same NIC without an address. Not if no region is as it was: then the peer was
+    /// restarted, and its endpoints are others.
     pub fn inherit(&self, older: &Self) {
+        let same = |old: &RemoteRegion| self.regions.find(old.start, &mut 0) == Some(old);
+        if older.regions.iter().next().is_some() && !older.regions.iter().any(same) {
+            return;
+        }
         for nic in &self.nics {
             let same = older.nics.iter().find(|old| old.name == nic.name);
             if let (None, Some(address)) =

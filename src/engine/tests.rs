@@ -366,7 +366,7 @@ fn a_peer_without_an_address_needs_a_handshake() {
         other => panic!("{other:?}"),
     }
     // What a handshake brought outlives a newer descriptor.
-    bench.engine.update_target(target, segment).expect("updated");
+    bench.engine.update_target(target, segment.clone()).expect("updated");
     let mut shakes = 0;
     while let Err(Refusal::NeedsHandshake { nic, .. }) = bench.submit(batch, &[request]) {
         bench.engine.set_address(target, nic, &[nic as u8]).expect("a NIC");
@@ -375,6 +375,11 @@ fn a_peer_without_an_address_needs_a_handshake() {
     assert!(shakes <= 1);
     bench.settle();
     assert_eq!(bench.status(batch), Status::Completed);
+    // But not a restart of the peer, whose regions are all others then.
+    segment.buffers.iter_mut().for_each(|buffer| buffer.keys = vec![10; 2]);
+    bench.engine.update_target(target, segment).expect("updated");
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    assert!(matches!(bench.submit(batch, &[request]), Err(Refusal::NeedsHandshake { .. })));
     bench.engine.remove_target(target).expect("closed");
     assert!(bench.engine.remove_target(target).is_err());
 }

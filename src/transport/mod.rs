@@ -26,7 +26,7 @@ use crate::hmem;
 use crate::nic::{self, Device, FabricNic, Limits};
 use crate::segment::{self, Buffer as BufferDescriptor, Handshake, Segment};
 use crate::stats::{RailStats, Stats};
-use crate::topology::Topology;
+use crate::topology::{MAX_NAME, Topology};
 
 pub use crate::engine::Registered;
 use choice::{choose, no_devices, open_all, read_topology};
@@ -113,6 +113,13 @@ impl Transport {
     pub fn install(options: Options) -> Result<Self> {
         let Options { server_name, topology, devices, config, host, observer } = options;
         let lib = Libfabric::get(config.libfabric.as_deref(), hmem::cuda_loaded())?;
+        if server_name.is_empty() || server_name.len() > MAX_NAME {
+            return Err(Error::invalid(format!(
+                "a server name of {} bytes: 1 to {} are possible",
+                server_name.len(),
+                MAX_NAME
+            )));
+        }
         let found = self::devices(&config)?;
         let provider = found[0].info().provider();
         let topology = match (topology, &config.custom_topology) {
@@ -186,6 +193,13 @@ impl Transport {
         let mut locations = Vec::with_capacity(wanted.len());
         let mut registrations = Vec::with_capacity(wanted.len());
         for (memory, location) in wanted {
+            if location.len() > MAX_NAME {
+                return Err(Error::invalid(format!(
+                    "a location of {} bytes: peers read at most {}",
+                    location.len(),
+                    MAX_NAME
+                )));
+            }
             let kind = hmem::kind_of(memory.address())?;
             let location = match (*location, kind) {
                 ("*" | "", MemoryKind::Cuda(device)) => format!("cuda:{device}"),

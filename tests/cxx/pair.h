@@ -209,11 +209,29 @@ inline mefa_status run(mefa::Transport &transport, mefa::Span<mefa_request> requ
     return status;
 }
 
-// `text` with its first `what` replaced.
-inline std::string replaced(std::string text, const std::string &what, const std::string &with) {
-    const std::size_t at = text.find(what);
-    if (at == std::string::npos) throw std::runtime_error("no " + what + " in " + text);
-    return text.replace(at, what.size(), with);
+// What stands in `text` between `before` and the next `after`, each time.
+inline std::vector<std::string> between(const std::string &text, const std::string &before, char after) {
+    std::vector<std::string> found;
+    for (std::size_t at = 0; (at = text.find(before, at)) != std::string::npos;) {
+        at += before.size();
+        found.push_back(text.substr(at, text.find(after, at) - at));
+    }
+    if (found.empty()) throw std::runtime_error("no " + before + " in " + text);
+    return found;
+}
+
+// `text` with `with` there instead, each time.
+inline std::string replaced(std::string text, const std::string &before, char after, const std::string &with) {
+    for (std::size_t at = 0; (at = text.find(before, at)) != std::string::npos; at += before.size())
+        text.replace(at + before.size(), text.find(after, at + before.size()) - at - before.size(), with);
+    return text;
+}
+
+// A counter over all NICs.
+inline std::uint64_t total(const mefa::Transport &transport, std::uint64_t mefa_nic_stats::*counter) {
+    std::uint64_t sum = 0;
+    for (std::size_t nic = 0; nic < must(transport.nic_count()); ++nic) sum += must(transport.stats(nic)).*counter;
+    return sum;
 }
 
 // Waits for a condition; false if it does not come.

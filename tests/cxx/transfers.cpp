@@ -147,10 +147,9 @@ TEST_P(Transfers, ManySmallOnesAndNothingBetween) {
         ASSERT_TRUE(memory.is(2 * MiB + at, full, 1, 2 * MiB + at)) << group;
         ASSERT_TRUE(memory.is(2 * MiB + at + full, 1500 - full, 2, 2 * MiB + at + full)) << group;
     }
-    const auto stats = must(transport.stats(0));
-    EXPECT_EQ(stats.strays, 0u);
-    EXPECT_EQ(stats.failed, 0u);
-    EXPECT_EQ(stats.pending_bytes, 0u);
+    EXPECT_EQ(total(transport, &mefa_nic_stats::strays), 0u);
+    EXPECT_EQ(total(transport, &mefa_nic_stats::failed), 0u);
+    EXPECT_EQ(total(transport, &mefa_nic_stats::pending_bytes), 0u);
 }
 
 // A segment of our own, beside one of a peer, in the same batch.
