@@ -21,6 +21,9 @@ const TURN: usize = 32;
 /// Turns before a driver must publish what ended: with a provider that completes at once, others'
 /// submissions could keep it here forever.
 const TURNS: usize = 8;
+/// Polls without a completion before a post that was put off is tried again. Trying at once only gets
+/// in the provider's way: with `shm` it takes a lock that the target needs to make room.
+const HOLD_OFF: u32 = 32;
 /// Longest wait for the NIC while someone else is using it: no call of a healthy provider takes so long.
 const UNRESPONSIVE: Duration = Duration::from_secs(10);
 /// How often deadlines are looked at, nanoseconds.
@@ -140,6 +143,8 @@ struct Driver<N> {
     /// Taken from the queue, not posted yet.
     taken: VecDeque<Span>,
     finished: Vec<Completion>,
+    /// Polls to go before the provider is asked again after it said "again".
+    hold_off: u32,
     next_scan: u64,
 }
 
@@ -161,6 +166,7 @@ impl<N: Nic> Rail<N> {
             free: (0..depth).rev().collect(),
             taken: VecDeque::with_capacity(2 * TURN),
             finished: Vec::with_capacity(2 * TURN),
+            hold_off: 0,
             next_scan: 0,
         };
         Self {
@@ -221,7 +227,14 @@ impl<N: Nic> Rail<N> {
         add(&self.turns, 1);
         let mut events = 0;
         for _ in 0..TURNS {
-            events += self.poll(&mut driver, shared, ended, failures);
+            let finished = self.poll(&mut driver, shared, ended, failures);
+            events += finished;
+            if driver.hold_off > 0 {
+                driver.hold_off = if finished > 0 { 0 } else { driver.hold_off - 1 };
+                if driver.hold_off > 0 {
+                    break;
+                }
+            }
             let posted = self.post(&mut driver, shared, now, ended, failures);
             events += posted;
             if posted < TURN {
@@ -293,7 +306,7 @@ impl<N: Nic> Rail<N> {
         ended: &mut Vec<Ended>,
         failures: &mut Vec<Failure>,
     ) -> usize {
-        let Driver { nic, flights, free, taken, .. } = driver;
+        let Driver { nic, flights, free, taken, hold_off, .. } = driver;
         if taken.len() < TURN {
             let mut queue = self.queue.lock();
             let count = queue.len().min(2 * TURN - taken.len());
@@ -351,6 +364,7 @@ impl<N: Nic> Rail<N> {
                 }
                 Post::Again => {
                     add(&self.counters.put_off, 1);
+                    *hold_off = HOLD_OFF;
                     break;
                 }
                 Post::Failed(errno) => {

@@ -131,6 +131,15 @@ TEST_P(Pending, CancelledEndsWhenItsMemoryIsQuiet) {
     must(batch.cancel()); // again changes nothing
     // What the provider has it keeps while the target is stopped, so the batch as a whole does not end.
     EXPECT_TRUE(fails(MEFA_CODE_TIMEOUT, batch.wait(50ms)));
+    int pending = 0;
+    for (std::size_t task = 0; task < 65; ++task) {
+        const auto status = must(batch.task(task)).status;
+        EXPECT_TRUE(status == MEFA_STATUS_PENDING || status == MEFA_STATUS_CANCELED) << status;
+        pending += status == MEFA_STATUS_PENDING;
+    }
+    EXPECT_GT(pending, 0); // "cancelled" means quiet
+    EXPECT_EQ(by_status[MEFA_STATUS_CANCELED], 65 - pending);
+    EXPECT_FALSE(must(batch.quiet()));
     EXPECT_TRUE(fails(MEFA_CODE_BUSY, batch.close()));
     EXPECT_EQ(unregister(), MEFA_CODE_BUSY);
     works_still();

@@ -99,27 +99,32 @@ TEST_P(Transfers, AcrossThePartsOfASplitRegistration) {
 }
 
 TEST_P(Transfers, PastFourGib) {
-    const std::uint64_t size = (std::uint64_t(4) << 30) + 64 * MiB, there = (std::uint64_t(4) << 30) - 3 * MiB - 5;
+    const std::uint64_t size = (std::uint64_t(4) << 30) + 64 * MiB;
     Target target(provider(), size);
     Memory memory(size);
     auto transport = install();
     auto registered = transport.register_memory(memory.data(), memory.size());
     if (!registered) GTEST_SKIP() << provider() << " takes no region of that size: " << registered.error().text;
     auto segment = must(transport.open_json(target.descriptor()));
-    const std::uint64_t here = there + 3, length = 9 * MiB + 1;
-    target.fill(0, MiB, 6); // where it would go with 32 bits of offset
-    target.fill(there - 4096, length + 8192, 7);
-    memory.fill(0, 8 * MiB, 8, 0);
-    memory.fill(here, length, 9, there);
-    ASSERT_EQ(run(transport, segment.write(memory + here, target.base() + there, length)), MEFA_STATUS_COMPLETED);
-    EXPECT_TRUE(target.is(there, length, 9));
-    EXPECT_TRUE(target.is(there - 4096, 4096, 7));
-    EXPECT_TRUE(target.is(there + length, 4096, 7));
-    EXPECT_TRUE(target.is(0, MiB, 6));
-    target.fill(there, length, 10);
-    ASSERT_EQ(run(transport, segment.read(memory + here, target.base() + there, length)), MEFA_STATUS_COMPLETED);
-    EXPECT_TRUE(memory.is(here, length, 10, there));
-    EXPECT_TRUE(memory.is(0, 8 * MiB, 8, 0));
+    const std::uint64_t length = 9 * MiB + 1;
+    target.fill(0, 32 * MiB, 6); // where it would go with 32 bits of offset
+    std::uint64_t seed = 10;
+    // Over the border, and beyond it.
+    for (const std::uint64_t there : {(std::uint64_t(4) << 30) - 3 * MiB - 5, (std::uint64_t(4) << 30) + 20 * MiB + 1}) {
+        const std::uint64_t here = there + 3, guards = ++seed, ours = ++seed, theirs = ++seed, low = ++seed;
+        target.fill(there - 4096, length + 8192, guards);
+        memory.fill(0, 32 * MiB, low, 0);
+        memory.fill(here, length, ours, there);
+        ASSERT_EQ(run(transport, segment.write(memory + here, target.base() + there, length)), MEFA_STATUS_COMPLETED);
+        EXPECT_TRUE(target.is(there, length, ours));
+        EXPECT_TRUE(target.is(there - 4096, 4096, guards));
+        EXPECT_TRUE(target.is(there + length, 4096, guards));
+        EXPECT_TRUE(target.is(0, 32 * MiB, 6));
+        target.fill(there, length, theirs);
+        ASSERT_EQ(run(transport, segment.read(memory + here, target.base() + there, length)), MEFA_STATUS_COMPLETED);
+        EXPECT_TRUE(memory.is(here, length, theirs, there));
+        EXPECT_TRUE(memory.is(0, 32 * MiB, low, 0));
+    }
 }
 
 // Many small ones with gaps, in an order that merges some and not others; what is in the gaps stays.
@@ -150,6 +155,45 @@ TEST_P(Transfers, ManySmallOnesAndNothingBetween) {
     EXPECT_EQ(total(transport, &mefa_nic_stats::strays), 0u);
     EXPECT_EQ(total(transport, &mefa_nic_stats::failed), 0u);
     EXPECT_EQ(total(transport, &mefa_nic_stats::pending_bytes), 0u);
+}
+
+// Neighbours on one side that are none on the other: not to be taken for one range.
+TEST_P(Transfers, GatheredAndScattered) {
+    constexpr std::uint64_t COUNT = 200, PIECE = 500, STRIDE = 700;
+    Target target(provider(), MiB);
+    Memory memory(MiB);
+    auto transport = install();
+    auto registered = must(transport.register_memory(memory.data(), memory.size()));
+    auto segment = must(transport.open_json(target.descriptor()));
+    for (const bool ours_apart : {false, true}) {
+        for (const bool write : {true, false}) {
+            SCOPED_TRACE(std::string(write ? "write" : "read") + (ours_apart ? " ours apart" : " theirs apart"));
+            const std::uint64_t ours = ours_apart ? STRIDE : PIECE, theirs = ours_apart ? PIECE : STRIDE;
+            target.fill(0, MiB, 1);
+            memory.fill(0, MiB, 2, 0);
+            std::vector<mefa_request> requests;
+            for (std::uint64_t i = 0; i < COUNT; ++i) {
+                unsigned char *here = memory + i * ours;
+                const std::uint64_t there = target.base() + i * theirs;
+                requests.push_back(write ? segment.write(here, there, PIECE) : segment.read(here, there, PIECE));
+            }
+            ASSERT_EQ(run(transport, requests), MEFA_STATUS_COMPLETED);
+            Memory expected(MiB), pattern(MiB);
+            expected.fill(0, MiB, write ? 1 : 2, 0);
+            pattern.fill(0, MiB, write ? 2 : 1, 0);
+            for (std::uint64_t i = 0; i < COUNT; ++i) {
+                const std::uint64_t from = i * (write ? ours : theirs), to = i * (write ? theirs : ours);
+                memcpy(expected + to, pattern + from, PIECE);
+            }
+            if (write) {
+                // The target's bytes, fetched by one plain read.
+                ASSERT_EQ(run(transport, segment.read(memory.data(), target.base(), MiB)), MEFA_STATUS_COMPLETED);
+            } else {
+                EXPECT_TRUE(target.is(0, MiB, 1));
+            }
+            EXPECT_EQ(memcmp(memory.data(), expected.data(), MiB), 0);
+        }
+    }
 }
 
 // A segment of our own, beside one of a peer, in the same batch.
