@@ -4,15 +4,16 @@ use std::io::{BufRead, BufReader, IsTerminal};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
-use mooncake_efa::engine::{Request, Status, TargetId};
+use mooncake_efa::engine::{MAX_BATCH, Request, Status, TargetId};
 use mooncake_efa::fabric::{Buffer, Memory};
 use mooncake_efa::segment::Segment;
-use mooncake_efa::transport::{Options, Transport};
+use mooncake_efa::transport::{self, Options, Transport};
 use mooncake_efa::{Code, Error, Result};
 
 use crate::control::{Answer, Hello, Line, Order};
@@ -21,6 +22,12 @@ use crate::{pattern, target};
 
 /// Longest time without progress before a transfer, or the target, is given up.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How often a thread that waits for transfers looks whether the target is still there.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long our threads have to return from the provider when it is not.
+const LEAVE: Duration = Duration::from_secs(5);
+/// How often the memory is written and read in one verification, each time with other bytes.
+const ROUNDS: u64 = 2;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Mode {
@@ -45,7 +52,7 @@ enum Switch {
 #[command(rename_all = "snake_case")]
 pub struct Args {
     /// Run both sides here: a target process of its own, ended with this one
-    #[arg(long = "self", conflicts_with = "mode")]
+    #[arg(long = "self", conflicts_with_all = ["mode", "segment_id", "listen", "idle"])]
     alone: bool,
     /// Which side to be
     #[arg(long, value_enum, default_value = "initiator")]
@@ -72,16 +79,17 @@ pub struct Args {
     #[arg(long, alias = "block-size", value_parser = size, default_value = "65536")]
     block_size: u64,
     /// Requests of a batch; a thread has one batch under way
-    #[arg(long, alias = "batch-size", default_value_t = 128)]
+    #[arg(long, alias = "batch-size", default_value_t = 128,
+        value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_BATCH)))]
     batch_size: u32,
     /// Threads that submit
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u64).range(1..=4096))]
     threads: u64,
     /// Bytes of registered memory on each side (default: 1G, with --self 256M)
     #[arg(long, alias = "buffer-size", value_parser = size)]
     buffer_size: Option<u64>,
     /// Seconds to measure
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86400))]
     duration: u64,
     /// Check every byte: before, in and after the measured time, here and in the target process
     #[arg(long)]
@@ -93,14 +101,15 @@ pub struct Args {
     #[arg(long, alias = "slice-size", value_parser = size)]
     slice_size: Option<u64>,
     /// Only install a transport, wait so many seconds, and report the CPU time used
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
     idle: Option<u64>,
     /// Unit of rates
     #[arg(long, alias = "report-unit", value_enum, default_value = "GB")]
     report_unit: Unit,
     /// Decimals of rates
-    #[arg(long, alias = "report-precision", default_value_t = 2)]
-    report_precision: usize,
+    #[arg(long, alias = "report-precision", default_value_t = 2,
+        value_parser = clap::value_parser!(u8).range(..=18))]
+    report_precision: u8,
     /// One JSON object on standard output instead of a table
     #[arg(long)]
     json: bool,
@@ -129,16 +138,15 @@ impl Args {
             self.block_size.checked_mul(u64::from(self.batch_size))?.checked_mul(self.threads)
         })();
         match wanted {
-            Some(0) => Err(Error::invalid("--batch_size and --threads must be at least 1")),
             Some(bytes) if bytes <= self.buffer() => Ok(bytes),
             _ => Err(Error::invalid(format!(
                 "--block_size {} x --batch_size {} x --threads {} needs more than --buffer_size {}; \
-                 the largest block that fits is {}",
+                 the largest block that fits is {}, or give a larger --buffer_size",
                 self.block_size,
                 self.batch_size,
                 self.threads,
                 self.buffer(),
-                self.buffer() / (u64::from(self.batch_size) * self.threads).max(1)
+                self.buffer() / (u64::from(self.batch_size) * self.threads)
             ))),
         }
     }
@@ -164,13 +172,18 @@ impl Args {
 
 /// Runs one side, or both.
 pub fn run(args: &Args) -> Result<()> {
-    let touched = args.touched()?;
-    let ends = args.mode == Mode::Target && !args.until_stdin_ends;
-    ctrlc::set_handler(move || match ends {
-        true => std::process::exit(130),
-        false => STOP.store(true, Ordering::Relaxed),
-    })
-    .map_err(|why| Error::new(Code::Context, format!("signal handler: {why}")))?;
+    let initiates = args.idle.is_none() && args.mode == Mode::Initiator;
+    let touched = if initiates { args.touched()? } else { 0 };
+    if initiates && !args.alone && args.segment_id.is_none() {
+        return Err(Error::invalid(
+            "--segment_id HOST:PORT of a target is needed (start one with --mode target), or --self \
+             for both sides in one go",
+        ));
+    }
+    // Finds out early what is missing. And libraries that libfabric loads (PSM) take the signals for
+    // themselves, so our handler must come later.
+    transport::devices(&crate::config(args.provider.as_deref()))?;
+    handle_signals(args.mode == Mode::Target && !args.until_stdin_ends)?;
     if let Some(seconds) = args.idle {
         return idle(args, seconds);
     }
@@ -179,22 +192,25 @@ pub fn run(args: &Args) -> Result<()> {
         return target::serve(args.install()?, buffer, &args.listen, args.until_stdin_ends);
     }
     let child = if args.alone { Some(OwnTarget::start(args)?) } else { None };
-    let address = match (&child, &args.segment_id) {
-        (Some(child), _) => &child.address,
-        (None, Some(address)) => address,
-        (None, None) => {
-            return Err(Error::invalid(
-                "--segment_id HOST:PORT of a target is needed (start one with --mode target), or \
-                 --self for both sides in one go",
-            ));
-        }
-    };
+    let address = child.as_ref().map(|child| &child.address).or(args.segment_id.as_ref());
+    let address = address.expect("checked above");
     let report = initiate(args, address, touched)?;
     report.print(args);
     match report.failure {
         None => Ok(()),
         Some(why) => Err(Error::new(Code::Endpoint, format!("transfers failed: {why}"))),
     }
+}
+
+/// Ctrl-C and SIGTERM: the first ends the measurement, the second the process. A target has nothing
+/// to report, so `at_once` is for it.
+fn handle_signals(at_once: bool) -> Result<()> {
+    ctrlc::set_handler(move || {
+        if STOP.swap(true, Ordering::Relaxed) || at_once {
+            std::process::exit(130);
+        }
+    })
+    .map_err(|why| Error::new(Code::Context, format!("signal handler: {why}")))
 }
 
 fn idle(args: &Args, seconds: u64) -> Result<()> {
@@ -239,8 +255,6 @@ impl OwnTarget {
         command.args(["--log", &log::max_level().to_string().to_lowercase(), "bench"]);
         command.args(["--mode", "target", "--until_stdin_ends", "--local_server_name", "target:0"]);
         command.args(["--buffer_size", &args.buffer().to_string()]);
-        // These only have to pass the same checks.
-        command.args(["--block_size", "1", "--batch_size", "1", "--threads", "1"]);
         if let Some(provider) = &args.provider {
             command.args(["--provider", provider]);
         }
@@ -307,6 +321,8 @@ struct Pair {
     target: TargetId,
     remote: u64,
     line: Line,
+    /// The target hung up while transfers were under way.
+    gone: AtomicBool,
 }
 
 impl Pair {
@@ -324,9 +340,18 @@ impl Pair {
         }
         let transport = args.install()?;
         let buffer = Buffer::new(args.buffer())?;
+        // Memory that was never written is one page of zeros, which is read at a cache's speed.
+        pattern::fill(&buffer, touched, 0);
         transport.register(&[(Memory::from(&buffer), "*")])?;
         let target = transport.open_segment(&Segment::from_json(&hello.descriptor)?)?;
-        Ok(Self { transport, buffer, target, remote: hello.address, line })
+        Ok(Self {
+            transport,
+            buffer,
+            target,
+            remote: hello.address,
+            line,
+            gone: AtomicBool::new(false),
+        })
     }
 
     /// The requests of one of a thread's batches: blocks of all threads alternate, as in
@@ -354,7 +379,17 @@ impl Pair {
         let requests = self.requests(args, thread, write);
         transport.submit(batch, requests, Some(PATIENCE)).map_err(text)?;
         // The requests have their own deadline; this one only keeps us from waiting for ever.
-        let status = transport.wait(batch, 2 * PATIENCE).map_err(text)?;
+        let limit = Instant::now() + 2 * PATIENCE;
+        let status = loop {
+            match transport.wait(batch, LOOK) {
+                Err(error) if error.code == Code::Timeout && Instant::now() < limit => {
+                    if self.gone.load(Ordering::Relaxed) {
+                        return Err("the target is gone: it ended, or was killed".into());
+                    }
+                }
+                result => break result.map_err(text)?,
+            }
+        };
         if status != Status::Completed {
             let why = (0..args.batch_size).find_map(|task| {
                 let (status, _) = transport.task_status(batch, task).ok()?;
@@ -367,20 +402,29 @@ impl Pair {
         transport.free_batch(batch).map_err(text)
     }
 
-    /// All threads' batches once, over here and over there, every byte checked.
-    fn verify(&mut self, args: &Args, touched: u64, seed: u64) -> Result<u64> {
+    /// One batch of every thread, all at a time.
+    fn all(&self, args: &Args, write: bool) -> Result<()> {
         let failed = |why: String| Error::new(Code::Endpoint, format!("transfers failed: {why}"));
-        let all = |pair: &Self, write| {
-            (0..args.threads).try_for_each(|thread| pair.batch(args, thread, write)).map_err(failed)
-        };
-        self.fill_there(touched, seed)?;
-        pattern::fill(&self.buffer, touched, seed + 1);
-        all(self, true)?;
-        self.check_there(touched, seed + 1, "written")?;
-        self.fill_there(touched, seed + 2)?;
-        all(self, false)?;
-        self.check_here(touched, seed + 2)?;
-        Ok(2 * touched)
+        std::thread::scope(|scope| {
+            let start = |thread| scope.spawn(move || self.batch(args, thread, write));
+            let threads: Vec<_> = (0..args.threads).map(start).collect();
+            let done = threads.into_iter().map(|thread| thread.join().expect("a thread of ours"));
+            done.collect::<Result<(), String>>().map_err(failed)
+        })
+    }
+
+    /// Writes to the target and reads from it, every byte checked; the bytes of each round are
+    /// others, so that one that did not move is seen. The count of bytes checked.
+    fn verify(&mut self, args: &Args, touched: u64, seed: u64) -> Result<u64> {
+        for seed in (seed..).step_by(2).take(ROUNDS as usize) {
+            pattern::fill(&self.buffer, touched, seed);
+            self.all(args, true)?;
+            self.check_there(touched, seed, "written")?;
+            self.fill_there(touched, seed + 1)?;
+            self.all(args, false)?;
+            self.check_here(touched, seed + 1)?;
+        }
+        Ok(2 * ROUNDS * touched)
     }
 
     fn fill_there(&mut self, length: u64, seed: u64) -> Result<()> {
@@ -507,16 +551,32 @@ fn measure(args: &Args, pair: &Pair, start: Instant, write: bool) -> Vec<Tally> 
             if STOP.load(Ordering::Relaxed) || !running.load(Ordering::Relaxed) {
                 break;
             }
+            if pair.line.hung_up() {
+                pair.gone.store(true, Ordering::Relaxed);
+                break;
+            }
             std::thread::sleep(left.min(Duration::from_millis(200)));
             let passed = start.elapsed();
             let bytes = requests.load(Ordering::Relaxed) * args.block_size;
             bar.set_position(passed.as_millis() as u64);
             bar.set_message(
-                args.report_unit.rate(bytes as f64 / passed.as_secs_f64(), args.report_precision),
+                args.report_unit
+                    .rate(bytes as f64 / passed.as_secs_f64(), args.report_precision.into()),
             );
         }
         running.store(false, Ordering::Relaxed);
         bar.finish_and_clear();
+        if pair.gone.load(Ordering::Relaxed) {
+            let limit = Instant::now() + LEAVE;
+            while !threads.iter().all(ScopedJoinHandle::is_finished) {
+                if Instant::now() > limit {
+                    // For instance shm, when the target was killed while it held a lock of ours.
+                    eprintln!("mooncake-efa: the target is gone, and the provider does not return");
+                    std::process::exit(1);
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
         threads.into_iter().map(|thread| thread.join().expect("a thread of ours")).collect()
     })
 }
@@ -579,7 +639,7 @@ impl Report {
             "{operation} over {}: {} B x {} a batch, {} threads, {:.1} s",
             self.provider, args.block_size, args.batch_size, args.threads, self.seconds
         );
-        row("bandwidth", args.report_unit.rate(bytes, args.report_precision));
+        row("bandwidth", args.report_unit.rate(bytes, args.report_precision.into()));
         row("requests", format!("{:.0} /s ({} in all)", per_second(self.requests), self.requests));
         row(
             "latency of a batch",

@@ -102,6 +102,21 @@ impl Line {
         })
     }
 
+    /// Whether the other side has closed the connection or died. Not for while an answer is awaited.
+    pub fn hung_up(&self) -> bool {
+        let stream = self.reader.get_ref();
+        let look = || {
+            stream.set_nonblocking(true)?;
+            let seen = stream.peek(&mut [0]);
+            stream.set_nonblocking(false)?;
+            seen
+        };
+        match look() {
+            Ok(bytes) => bytes == 0,
+            Err(why) => why.kind() != std::io::ErrorKind::WouldBlock,
+        }
+    }
+
     /// Asks, and hears the answer.
     pub fn ask(&mut self, order: &Order) -> Result<Answer> {
         self.send(order)?;

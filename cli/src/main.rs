@@ -10,16 +10,20 @@ mod units;
 
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+use mooncake_efa::Code;
 use mooncake_efa::config::Config;
+use mooncake_efa::fabric::Libfabric;
 
 /// Moves memory between hosts over libfabric (AWS EFA first), as Mooncake's EFA transport.
 #[derive(Parser)]
 #[command(name = "mooncake-efa", version, after_help = EXAMPLES)]
 struct Cli {
-    /// What to log to standard error: off, error, warn, info, debug, trace
-    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
-    log: log::LevelFilter,
+    /// What to log to standard error: off, error, warn, info, debug, trace (default: MC_LOG_LEVEL,
+    /// or warn)
+    #[arg(long, global = true, value_name = "LEVEL")]
+    log: Option<log::LevelFilter>,
     #[command(subcommand)]
     command: Command,
 }
@@ -50,9 +54,37 @@ fn config(provider: Option<&str>) -> Config {
     config
 }
 
+/// The level that MC_LOG_LEVEL asks for; without it, less than the library's default.
+fn log_level() -> log::LevelFilter {
+    match std::env::var("MC_LOG_LEVEL") {
+        // The warning about a bad value comes when the whole environment is read.
+        Ok(level) => {
+            Config::from_lookup(|name| (name == "MC_LOG_LEVEL").then(|| level.clone())).0.log_level
+        }
+        Err(_) => log::LevelFilter::Warn,
+    }
+}
+
+/// Our version, and that of the libfabric that would be used.
+fn print_version() {
+    println!("mooncake-efa {}", env!("CARGO_PKG_VERSION"));
+    match Libfabric::get(Config::from_env().libfabric.as_deref(), false) {
+        Ok(lib) => println!("libfabric {} ({})", lib.version(), lib.path()),
+        Err(error) => println!("no libfabric: {error}"),
+    }
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    env_logger::Builder::new().filter_level(cli.log).format_target(false).init();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.kind() == ErrorKind::DisplayVersion => {
+            print_version();
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => error.exit(),
+    };
+    let level = cli.log.unwrap_or_else(log_level);
+    env_logger::Builder::new().filter_level(level).format_target(false).init();
     let result = match cli.command {
         Command::Bench(args) => bench::run(&args),
         Command::Devices(args) => devices::run(&args),
@@ -61,7 +93,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("mooncake-efa: {error}");
-            ExitCode::FAILURE
+            // As clap does: 2 for what was asked wrongly, 1 for what went wrong.
+            ExitCode::from(if error.code == Code::InvalidArgument { 2 } else { 1 })
         }
     }
 }

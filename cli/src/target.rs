@@ -25,6 +25,7 @@ pub fn serve(
     until_stdin_ends: bool,
 ) -> Result<()> {
     let cannot = |why| Error::new(Code::Endpoint, format!("cannot listen on {listen}: {why}"));
+    pattern::fill(&buffer, buffer.length(), 0);
     transport.register(&[(Memory::from(&buffer), "*")])?;
     let listener = TcpListener::bind(listen).map_err(cannot)?;
     println!("target ready: {}", listener.local_addr().map_err(cannot)?);

@@ -166,9 +166,11 @@ fn dotted(version: u32) -> String {
 
 fn open(path: &str, extra: c_int, tried: &mut Vec<String>) -> Option<*mut c_void> {
     let c_path = CString::new(path).ok()?;
+    let signals = Signals::save();
     // SAFETY: a NUL-terminated path; libfabric's initialisers may run, which is what loading means.
     let handle =
         unsafe { libc::dlopen(c_path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | extra) };
+    drop(signals);
     if !handle.is_null() {
         return Some(handle);
     }
@@ -181,6 +183,33 @@ fn open(path: &str, extra: c_int, tried: &mut Vec<String>) -> Option<*mut c_void
         unsafe { CStr::from_ptr(reason) }.to_string_lossy().into_owned()
     });
     None
+}
+
+/// The process's signal handlers, put back when this is dropped. Debian's libfabric brings psm and
+/// psm2, whose initialisers take over INT, TERM, SEGV and others: not theirs to take from our host.
+struct Signals(Vec<(c_int, libc::sigaction)>);
+
+impl Signals {
+    fn save() -> Self {
+        let current = |signal: c_int| {
+            // SAFETY: zero is a valid sigaction to be overwritten; only reads the current one.
+            unsafe {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                let ret = libc::sigaction(signal, std::ptr::null(), &raw mut action);
+                (ret == 0).then_some((signal, action))
+            }
+        };
+        Self((1..32).filter_map(current).collect())
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        for (signal, action) in &self.0 {
+            // SAFETY: puts back what the kernel gave us. KILL and STOP refuse, which is right.
+            unsafe { libc::sigaction(*signal, action, std::ptr::null_mut()) };
+        }
+    }
 }
 
 /// The newest generation of `name` that the library has and our bindings know.
@@ -219,6 +248,17 @@ mod tests {
         assert!(lib.api >= OLDEST_API && lib.api <= BINDINGS_API && lib.api <= lib.library);
         assert!(lib.path().contains("libfabric.so.1"), "{}", lib.path());
         assert_eq!(lib.strerror(-11), lib.strerror(11));
+    }
+
+    #[test]
+    fn signal_handlers_stay_the_hosts() {
+        let caught = || {
+            let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
+            status.lines().find(|line| line.starts_with("SigCgt")).map(str::to_owned)
+        };
+        let before = caught();
+        Libfabric::load(None).expect("libfabric");
+        assert_eq!(caught(), before);
     }
 
     #[test]

@@ -187,15 +187,18 @@ TEST_P(Batches, SixteenThreadsShareATransport) {
             const std::uint64_t mine = thread * MiB, back = (THREADS + thread) * MiB;
             for (std::uint64_t round = 1; round <= 6; ++round) {
                 memory.fill(mine, MiB, 100 * thread + round, mine);
-                // Pieces of 3 to 9 KiB and their remainders, each thread and round others.
-                const std::uint64_t piece = 3000 + 111 * thread + 1000 * round;
+                // Pieces of 1 to 3 KiB and their remainders, each thread and round others.
+                const std::uint64_t piece = 1000 + 55 * thread + 200 * round;
                 std::vector<mefa_request> writes, reads;
                 for (std::uint64_t at = 0; at < MiB; at += piece) {
                     const std::uint64_t length = std::min(piece, MiB - at);
                     writes.push_back(segment.write(memory + mine + at, target.base() + mine + at, length));
                     reads.push_back(segment.read(memory + back + at, target.base() + mine + at, length));
                 }
-                if (run(transport, writes) != MEFA_STATUS_COMPLETED) ++wrong;
+                // One submission each, so that the threads meet often.
+                auto batch = must(transport.batch(writes.size()));
+                for (const mefa_request &one : writes) must(batch.submit(one, LONG));
+                if (must(batch.wait(LONG)) != MEFA_STATUS_COMPLETED) ++wrong;
                 if (run(transport, reads) != MEFA_STATUS_COMPLETED) ++wrong;
                 if (!memory.is(back, MiB, 100 * thread + round, mine)) ++wrong;
             }
