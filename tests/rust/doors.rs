@@ -680,7 +680,7 @@ doors! {
     lengths: tcp shm sockets efa;
     many_regions: tcp shm efa;
     past_four_gib: tcp shm efa;
-    many_threads: tcp shm sockets efa;
+    many_threads: tcp shm efa; // `sockets`: see docs/architecture.md, known limits
     batch_limit: tcp shm efa;
     stopped_target: tcp;
     dead_target: tcp efa;
