@@ -26,6 +26,8 @@ const TURNS: usize = 8;
 const HOLD_OFF: u32 = 32;
 /// Longest wait for the NIC while someone else is using it: no call of a healthy provider takes so long.
 const UNRESPONSIVE: Duration = Duration::from_secs(10);
+/// Longest wait of a cancel for whoever is driving.
+const SWEEP_WAIT: Duration = Duration::from_millis(500);
 /// How often deadlines are looked at, nanoseconds.
 const SCAN_EVERY: u64 = 20_000_000;
 
@@ -423,7 +425,7 @@ impl<N: Nic> Rail<N> {
     /// Gives up what is condemned without waiting for the next turn of its queue; unless someone is at
     /// it, who will.
     pub fn sweep(&self, shared: &Shared, now: u64, ended: &mut Vec<Ended>) {
-        if let Some(mut driver) = self.driver.try_lock() {
+        if let Some(mut driver) = self.driver.try_lock_for(SWEEP_WAIT) {
             self.scan(&mut driver, shared, now, ended);
         }
     }
