@@ -184,9 +184,9 @@ typedef struct mefa_completion {
 } mefa_completion;
 
 /**
- * Told of tasks that got their final status, before mefa_task_state and mefa_batch_state show it.
+ * Told of tasks that got their final status, before mefa_task_status and mefa_batch_status show it.
  * Called on whatever thread made the progress (a poller of ours, or one inside mefa_submit, mefa_wait,
- * mefa_task_state, mefa_batch_state, mefa_cancel, mefa_batch_quiet or mefa_uninstall), possibly on
+ * mefa_task_status, mefa_batch_status, mefa_cancel, mefa_batch_quiet or mefa_uninstall), possibly on
  * several at once. It may call mefa_submit; it must not block, uninstall, or throw.
  */
 typedef void (*mefa_completion_fn)(void *context,
@@ -541,11 +541,11 @@ int mefa_install(const struct mefa_config *config,
 
 /**
  * Cancels what is under way, waits up to 5 seconds for the provider to give it back, and closes
- * everything. The number and all batches and segments of the transport are unknown afterwards, and no
- * callback comes any more. Waits for calls of other threads to leave; do not call it from a callback.
+ * everything. The number and all batches and segments of the transport are unknown afterwards, and if
+ * it returned 0 no callback comes any more. Waits for calls of other threads to leave; do not call it from a callback.
  *
  * Errors: MEFA_CODE_INVALID_ARGUMENT for an unknown transport; MEFA_CODE_BUSY if other threads do not
- * leave within 10 seconds (it is closed when they do).
+ * leave within 10 seconds (it is closed when they do; callbacks may come until then).
  */
 int mefa_uninstall(mefa_transport transport);
 
@@ -676,6 +676,9 @@ int mefa_segment_close(mefa_transport transport, mefa_segment segment);
 /**
  * Connects every NIC of ours to every NIC of the segment, so that the first transfer finds it done. Any
  * thread; blocks for as many handshakes as are needed (none if the peer is one of ours).
+ *
+ * Errors: MEFA_CODE_REJECT_HANDSHAKE, MEFA_CODE_ENDPOINT, MEFA_CODE_MALFORMED_JSON (what the host
+ * answered).
  */
 int mefa_segment_warm_up(mefa_transport transport,
                          mefa_segment segment);
@@ -719,7 +722,7 @@ int mefa_batch_free(mefa_transport transport, mefa_batch batch);
  * Errors, with nothing started: MEFA_CODE_INVALID_ARGUMENT (unknown batch or segment, bad opcode or
  * flags, a range past the end of the address space), MEFA_CODE_TOO_MANY_REQUESTS (the batch is full),
  * MEFA_CODE_ADDRESS_NOT_REGISTERED (ours or the target's), MEFA_CODE_REJECT_HANDSHAKE,
- * MEFA_CODE_METADATA, MEFA_CODE_ENDPOINT.
+ * MEFA_CODE_METADATA, MEFA_CODE_ENDPOINT, MEFA_CODE_MALFORMED_JSON (what the host answered).
  *
  * # Safety
  * `requests` must point to `count` requests.

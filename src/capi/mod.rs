@@ -254,11 +254,11 @@ impl Host for CHost {
 }
 
 /// Cancels what is under way, waits up to 5 seconds for the provider to give it back, and closes
-/// everything. The number and all batches and segments of the transport are unknown afterwards, and no
-/// callback comes any more. Waits for calls of other threads to leave; do not call it from a callback.
+/// everything. The number and all batches and segments of the transport are unknown afterwards, and if
+/// it returned 0 no callback comes any more. Waits for calls of other threads to leave; do not call it from a callback.
 ///
 /// Errors: MEFA_CODE_INVALID_ARGUMENT for an unknown transport; MEFA_CODE_BUSY if other threads do not
-/// leave within 10 seconds (it is closed when they do).
+/// leave within 10 seconds (it is closed when they do; callbacks may come until then).
 #[unsafe(no_mangle)]
 pub extern "C" fn mefa_uninstall(transport: mefa_transport) -> c_int {
     boundary(|| {
@@ -623,6 +623,9 @@ pub extern "C" fn mefa_segment_close(transport: mefa_transport, segment: mefa_se
 
 /// Connects every NIC of ours to every NIC of the segment, so that the first transfer finds it done. Any
 /// thread; blocks for as many handshakes as are needed (none if the peer is one of ours).
+///
+/// Errors: MEFA_CODE_REJECT_HANDSHAKE, MEFA_CODE_ENDPOINT, MEFA_CODE_MALFORMED_JSON (what the host
+/// answered).
 #[unsafe(no_mangle)]
 pub extern "C" fn mefa_segment_warm_up(transport: mefa_transport, segment: mefa_segment) -> c_int {
     boundary(|| with(transport, |transport| transport.warm_up(TargetId(segment))))
@@ -687,7 +690,7 @@ pub extern "C" fn mefa_batch_free(transport: mefa_transport, batch: mefa_batch) 
 /// Errors, with nothing started: MEFA_CODE_INVALID_ARGUMENT (unknown batch or segment, bad opcode or
 /// flags, a range past the end of the address space), MEFA_CODE_TOO_MANY_REQUESTS (the batch is full),
 /// MEFA_CODE_ADDRESS_NOT_REGISTERED (ours or the target's), MEFA_CODE_REJECT_HANDSHAKE,
-/// MEFA_CODE_METADATA, MEFA_CODE_ENDPOINT.
+/// MEFA_CODE_METADATA, MEFA_CODE_ENDPOINT, MEFA_CODE_MALFORMED_JSON (what the host answered).
 ///
 /// # Safety
 /// `requests` must point to `count` requests.

@@ -214,9 +214,9 @@ pub type mefa_region_fn =
 pub type mefa_segment_fn =
     Option<unsafe extern "C" fn(context: *mut c_void, segment: *const mefa_segment_desc)>;
 
-/// Told of tasks that got their final status, before mefa_task_state and mefa_batch_state show it.
+/// Told of tasks that got their final status, before mefa_task_status and mefa_batch_status show it.
 /// Called on whatever thread made the progress (a poller of ours, or one inside mefa_submit, mefa_wait,
-/// mefa_task_state, mefa_batch_state, mefa_cancel, mefa_batch_quiet or mefa_uninstall), possibly on
+/// mefa_task_status, mefa_batch_status, mefa_cancel, mefa_batch_quiet or mefa_uninstall), possibly on
 /// several at once. It may call mefa_submit; it must not block, uninstall, or throw.
 pub type mefa_completion_fn = Option<
     unsafe extern "C" fn(context: *mut c_void, completions: *const mefa_completion, count: usize),

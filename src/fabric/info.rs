@@ -189,12 +189,6 @@ impl Info {
         unsafe { self.raw.as_ref().caps & ffi::FI_HMEM != 0 }
     }
 
-    /// The operation's context must be memory of ours (`FI_CONTEXT`, `FI_CONTEXT2`).
-    pub fn needs_contexts(&self) -> bool {
-        // SAFETY: as in domain_attr.
-        unsafe { self.raw.as_ref().mode & (ffi::FI_CONTEXT | ffi::FI_CONTEXT2) != 0 }
-    }
-
     /// Bytes of a region key that the provider can take.
     pub fn key_bytes(&self) -> usize {
         self.domain_attr().mr_key_size

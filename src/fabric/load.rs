@@ -132,11 +132,6 @@ impl Libfabric {
         dotted(self.library)
     }
 
-    /// The interface version in use: the lower of the library's and the one our bindings know.
-    pub fn api_version(&self) -> String {
-        dotted(self.api)
-    }
-
     /// The file it was loaded from.
     pub fn path(&self) -> &str {
         &self.path

@@ -394,12 +394,18 @@ fn target_process() {
 
 const MIB: u64 = 1 << 20;
 
-fn lengths<D: Door>(provider: &str) {
-    let mut target = Target::start(provider, 80 * MIB, 1);
+/// A target and a door, each with `length` bytes registered in one piece, and the target's segment.
+fn pair<D: Door>(provider: &str, length: u64) -> (Target, D, Arc<Buffer>, u64) {
+    let target = Target::start(provider, length, 1);
     let door = D::install(provider);
-    let buffer = Buffer::new(80 * MIB).expect("mapped");
-    door.register(&buffer, 0, 80 * MIB).expect("registered");
+    let buffer = Buffer::new(length).expect("mapped");
+    door.register(&buffer, 0, length).expect("registered");
     let segment = door.open(&target.descriptor).expect("opened");
+    (target, door, buffer, segment)
+}
+
+fn lengths<D: Door>(provider: &str) {
+    let (mut target, door, buffer, segment) = pair::<D>(provider, 80 * MIB);
     let lengths = [0, 1, 3, 4095, 4096, 65537, MIB + 13, 64 * MIB];
     for (round, &length) in lengths.iter().enumerate() {
         let (seed, here, there) = (round as u64 * 2 + 1, 4097, 8191);
@@ -443,11 +449,7 @@ fn many_regions<D: Door>(provider: &str) {
 
 fn past_four_gib<D: Door>(provider: &str) {
     let size = (4 << 30) + 16 * MIB;
-    let mut target = Target::start(provider, size, 1);
-    let door = D::install(provider);
-    let buffer = Buffer::new(size).expect("mapped");
-    door.register(&buffer, 0, size).expect("registered");
-    let segment = door.open(&target.descriptor).expect("opened");
+    let (mut target, door, buffer, segment) = pair::<D>(provider, size);
     let offset = (4 << 30) - 3 * MIB - 5;
     fill(&buffer, offset, 9 * MIB, 7);
     let one = Move {
@@ -464,11 +466,7 @@ fn past_four_gib<D: Door>(provider: &str) {
 
 fn many_threads<D: Door>(provider: &str) {
     const THREADS: u64 = 16;
-    let mut target = Target::start(provider, THREADS * MIB, 1);
-    let door = D::install(provider);
-    let buffer = Buffer::new(THREADS * MIB).expect("mapped");
-    door.register(&buffer, 0, THREADS * MIB).expect("registered");
-    let segment = door.open(&target.descriptor).expect("opened");
+    let (mut target, door, buffer, segment) = pair::<D>(provider, THREADS * MIB);
     fill(&buffer, 0, THREADS * MIB, 9);
     let (door, local, remote) = (&door, buffer.address(), target.base);
     std::thread::scope(|scope| {
@@ -497,11 +495,7 @@ fn many_threads<D: Door>(provider: &str) {
 }
 
 fn batch_limit<D: Door>(provider: &str) {
-    let mut target = Target::start(provider, MIB, 1);
-    let door = D::install(provider);
-    let buffer = Buffer::new(MIB).expect("mapped");
-    door.register(&buffer, 0, MIB).expect("registered");
-    let segment = door.open(&target.descriptor).expect("opened");
+    let (mut target, door, buffer, segment) = pair::<D>(provider, MIB);
     fill(&buffer, 0, MIB, 11);
     let moves: Vec<Move> = (0..257)
         .map(|index| Move {
@@ -531,11 +525,7 @@ fn batch_limit<D: Door>(provider: &str) {
 
 /// A target that does not answer: what is under way keeps its batch and memory.
 fn stopped_target<D: Door>(provider: &str) {
-    let mut target = Target::start(provider, 64 * MIB, 1);
-    let door = D::install(provider);
-    let buffer = Buffer::new(64 * MIB).expect("mapped");
-    door.register(&buffer, 0, 64 * MIB).expect("registered");
-    let segment = door.open(&target.descriptor).expect("opened");
+    let (mut target, door, buffer, segment) = pair::<D>(provider, 64 * MIB);
     let one = Move {
         write: true,
         local: buffer.address(),
@@ -578,11 +568,7 @@ fn stopped_target<D: Door>(provider: &str) {
 }
 
 fn dead_target<D: Door>(provider: &str) {
-    let mut target = Target::start(provider, 64 * MIB, 1);
-    let door = D::install(provider);
-    let buffer = Buffer::new(64 * MIB).expect("mapped");
-    door.register(&buffer, 0, 64 * MIB).expect("registered");
-    let segment = door.open(&target.descriptor).expect("opened");
+    let (mut target, door, buffer, segment) = pair::<D>(provider, 64 * MIB);
     let moves: Vec<Move> = (0..64)
         .map(|index| Move {
             write: true,
