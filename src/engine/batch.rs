@@ -95,9 +95,14 @@ pub(super) struct Task {
     verdict: AtomicU32,
     /// The provider's errno of the first failure, and its rail: `rail << 32 | errno`.
     failure: AtomicU64,
+    /// When the group must have ended, nanoseconds.
+    deadline: AtomicU64,
     length: AtomicU64,
     cookie: AtomicU64,
 }
+
+/// How long after a deadline it is not left to the rail any more, nanoseconds: several of its looks.
+const OVERDUE: u64 = 200_000_000;
 
 /// In a verdict: the group's status has been published.
 const PUBLISHED: u32 = 1 << 31;
@@ -110,6 +115,8 @@ pub(super) struct Batch {
     /// Tasks that ended with something else than `Completed`.
     failed: AtomicU32,
     holds: AtomicU32,
+    /// The earliest deadline of its groups.
+    earliest: AtomicU64,
     /// Made when the slot is first used: a slot is small, its tasks may be many.
     tasks: OnceLock<Box<[Task]>>,
 }
@@ -167,6 +174,7 @@ impl Batches {
         batch.used.store(0, Ordering::Relaxed);
         batch.unfinished.store(0, Ordering::Relaxed);
         batch.failed.store(0, Ordering::Relaxed);
+        batch.earliest.store(u64::MAX, Ordering::Relaxed);
         // Last: a stale pin sees 0 and refuses until the rest is set.
         batch.holds.store(1, Ordering::Release);
         Ok(BatchId(u64::from(generation) << 32 | u64::from(slot)))
@@ -301,14 +309,17 @@ impl Pin<'_> {
 
     /// Makes `count` prepared tasks from `first` on one group of `bytes` bytes, which holds the
     /// batch until it is published as quiet.
-    pub fn start_group(&self, first: u32, count: u32, bytes: u64) -> GroupRef {
+    pub fn start_group(&self, first: u32, count: u32, bytes: u64, deadline: u64) -> GroupRef {
         let task = &self.batch.tasks()[first as usize];
-        task.members.store(count, Ordering::Relaxed);
         task.remaining.store(bytes, Ordering::Relaxed);
         task.verdict.store(0, Ordering::Relaxed);
         task.failure.store(0, Ordering::Relaxed);
+        task.deadline.store(deadline, Ordering::Relaxed);
         self.batch.unfinished.fetch_add(count, Ordering::Relaxed);
         self.batch.holds.fetch_add(1, Ordering::Relaxed);
+        // Last: a group that others can see is whole.
+        task.members.store(count, Ordering::Release);
+        self.batch.earliest.fetch_min(deadline, Ordering::Release);
         self.group_at(first)
     }
 
@@ -363,6 +374,27 @@ impl Pin<'_> {
     /// Tasks submitted.
     pub fn used(&self) -> u32 {
         self.batch.used.load(Ordering::Acquire)
+    }
+
+    /// Groups whose deadline passed a while ago. Their rails see to deadlines themselves; these are
+    /// for a rail whose driver does not come back from the provider.
+    pub fn overdue(&self, now: u64) -> impl Iterator<Item = Ended> {
+        let late = move |deadline: u64| now >= deadline.saturating_add(OVERDUE);
+        let tasks: &[Task] = if late(self.batch.earliest.load(Ordering::Acquire)) {
+            self.batch.tasks()
+        } else {
+            &[]
+        };
+        (0..self.used()).zip(tasks).filter_map(move |(first, task)| {
+            let pending = task.members.load(Ordering::Acquire) > 0
+                && task.status.load(Ordering::Acquire) == Status::Pending as u32
+                && late(task.deadline.load(Ordering::Relaxed));
+            pending.then(|| {
+                task.condemn(Status::Timeout);
+                self.batch.holds.fetch_add(1, Ordering::Relaxed);
+                Ended::new(self.group_at(first), Status::Timeout)
+            })
+        })
     }
 
     /// Ends what has not been posted yet, and waits for the rest: see [`Task::condemn`].

@@ -211,11 +211,6 @@ impl<N: Nic> Engine<N> {
         }
     }
 
-    /// Local NICs.
-    pub fn rails(&self) -> usize {
-        self.rails.len()
-    }
-
     /// A rail's NIC name.
     pub fn rail_name(&self, rail: usize) -> &str {
         &self.rails[rail].name
@@ -228,7 +223,7 @@ impl<N: Nic> Engine<N> {
 
     /// Calls `f` with a rail's NIC, when no one else uses it; [`Code::Busy`] if the one who does stays
     /// in the provider for 10 seconds.
-    pub fn with_nic<R>(&self, rail: usize, f: impl FnOnce(&mut N) -> R) -> Result<R> {
+    pub fn with_nic<R>(&self, rail: usize, f: impl FnOnce(&mut N) -> Result<R>) -> Result<R> {
         self.rails[rail].with_nic(f)
     }
 
@@ -350,8 +345,7 @@ impl<N: Nic> Engine<N> {
                     continue;
                 }
                 let rail = &self.rails[rail];
-                match rail.with_nic(|nic| nic.register(number.index, memory)).and_then(|done| done)
-                {
+                match rail.with_nic(|nic| nic.register(number.index, memory)) {
                     Ok(new) => *key = new,
                     Err(error) => {
                         let context = format!("registering memory on {}", rail.name);
@@ -380,9 +374,7 @@ impl<N: Nic> Engine<N> {
             for (rail, (keys, _)) in results.iter().enumerate() {
                 for (key, (_, _, number)) in keys.iter().zip(made) {
                     if *key != 0 {
-                        let undone = self.rails[rail]
-                            .with_nic(|nic| nic.unregister(number.index))
-                            .and_then(|done| done);
+                        let undone = self.rails[rail].with_nic(|nic| nic.unregister(number.index));
                         if let Err(error) = undone {
                             log::warn!(
                                 "undoing a registration on {}: {error}",
@@ -432,9 +424,7 @@ impl<N: Nic> Engine<N> {
         for (number, rails) in &record.regions {
             for &rail in rails {
                 let rail = &self.rails[usize::from(rail)];
-                if let Err(error) =
-                    rail.with_nic(|nic| nic.unregister(number.index)).and_then(|done| done)
-                {
+                if let Err(error) = rail.with_nic(|nic| nic.unregister(number.index)) {
                     result = Err(error.context(format!("unregistering on {}", rail.name)));
                 }
             }
@@ -529,7 +519,7 @@ impl<N: Nic> Engine<N> {
         let Some(address) = remote.address.get() else {
             return Err(Refusal::NeedsHandshake { rail, nic, target: id });
         };
-        let connected = self.rails[rail].with_nic(|own| own.connect(address)).and_then(|done| done);
+        let connected = self.rails[rail].with_nic(|own| own.connect(address));
         let peer = connected.map_err(|error| {
             let rail = &self.rails[rail].name;
             error.context(format!("connecting {rail} to {} of {}", remote.name, target.name))
@@ -591,7 +581,7 @@ impl<N: Nic> Engine<N> {
         let placed = self.place(scratch, &locals, deadline);
         match placed.and_then(|()| Ok(pin.reserve(count)?)) {
             Ok(first) => {
-                self.start(scratch, &locals, &pin, first);
+                self.start(scratch, &locals, &pin, first, deadline);
                 Ok(first)
             }
             Err(refusal) => {
@@ -665,6 +655,7 @@ impl<N: Nic> Engine<N> {
         locals: &RangeMap<LocalRegion>,
         pin: &batch::Pin,
         first: u32,
+        deadline: u64,
     ) {
         let Scratch { plan, spans, .. } = scratch;
         for (index, &(length, cookie)) in plan.tasks.iter().enumerate() {
@@ -672,7 +663,7 @@ impl<N: Nic> Engine<N> {
         }
         let mut events = EVENTS.take();
         for group in &plan.groups {
-            let started = pin.start_group(first + group.first, group.tasks, group.bytes);
+            let started = pin.start_group(first + group.first, group.tasks, group.bytes, deadline);
             if group.bytes == 0 {
                 events.ended.push(Ended::new(started, Status::Completed));
             }
@@ -768,6 +759,16 @@ impl<N: Nic> Engine<N> {
     pub fn progress(&self, now: u64) -> usize {
         let busy = self.rails.iter().filter(|rail| rail.load() > 0);
         busy.map(|rail| self.drive(rail, now).unwrap_or(0)).sum()
+    }
+
+    /// Ends a batch's requests whose deadline passed, though their rail may be stuck in the provider.
+    pub fn expire(&self, batch: BatchId, now: u64) -> Result<()> {
+        let pin = self.shared.batches.pin(batch)?;
+        let mut events = EVENTS.take();
+        events.ended.extend(pin.overdue(now));
+        self.publish(&mut events);
+        EVENTS.replace(events);
+        Ok(())
     }
 
     /// Makes progress on one rail, whether or not it has work: peers may need its answers. `None` if

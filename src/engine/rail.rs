@@ -195,11 +195,11 @@ impl<N: Nic> Rail<N> {
     /// Calls `f` with the NIC, when no one else uses it.
     ///
     /// # Errors
-    /// [`Code::Busy`] if whoever uses it does not return from the provider in 10 seconds. (Seen with
+    /// Those of `f`; [`Code::Busy`] if whoever uses it does not return from the provider in 10 seconds. (Seen with
     /// `shm`, where a peer that is killed can leave a lock in shared memory taken for ever.)
-    pub fn with_nic<R>(&self, f: impl FnOnce(&mut N) -> R) -> Result<R> {
+    pub fn with_nic<R>(&self, f: impl FnOnce(&mut N) -> Result<R>) -> Result<R> {
         match self.driver.try_lock_for(UNRESPONSIVE) {
-            Some(mut driver) => Ok(f(&mut driver.nic)),
+            Some(mut driver) => f(&mut driver.nic),
             None => Err(Error::new(
                 Code::Busy,
                 format!(
@@ -422,8 +422,8 @@ impl<N: Nic> Rail<N> {
         }
     }
 
-    /// Gives up what is condemned without waiting for the next turn of its queue; unless someone is at
-    /// it, who will.
+    /// Gives up what is condemned without waiting for the next turn of its queue. If someone drives for
+    /// longer than [`SWEEP_WAIT`], it is left to him.
     pub fn sweep(&self, shared: &Shared, now: u64, ended: &mut Vec<Ended>) {
         if let Some(mut driver) = self.driver.try_lock_for(SWEEP_WAIT) {
             self.scan(&mut driver, shared, now, ended);

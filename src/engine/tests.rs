@@ -273,6 +273,29 @@ fn a_deadline_ends_the_task_but_not_the_memory() {
 }
 
 #[test]
+fn a_deadline_holds_though_the_rail_is_stuck() {
+    let bench = Bench::new(1, 1, 4096, true);
+    let batch = bench.engine.allocate_batch(2).expect("batch");
+    let soon = bench.request(true, 0, 2 * 4096, 1);
+    let later = bench.request(true, 1 << 20, 4096, 2);
+    bench.engine.submit(batch, [soon].into_iter(), 0, 1_000_000_000).expect("started");
+    bench.engine.submit(batch, [later].into_iter(), 0, 9_000_000_000).expect("started");
+    // Whoever drives is inside the provider and does not come back: nobody calls progress.
+    bench.engine.expire(batch, 1_100_000_000).expect("a batch");
+    assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Pending, "the rail's");
+    bench.engine.expire(batch, 1_300_000_000).expect("a batch");
+    bench.engine.expire(batch, 1_300_000_000).expect("a batch");
+    assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Timeout);
+    assert_eq!(bench.engine.task_status(batch, 1).expect("task").0, Status::Pending);
+    assert!(!bench.engine.is_quiet(batch).expect("batch"));
+    bench.settle();
+    assert_eq!(bench.engine.task_status(batch, 1).expect("task").0, Status::Completed);
+    assert!(bench.engine.is_quiet(batch).expect("batch"));
+    assert_eq!(bench.seen.lock()[&1].len(), 1, "reported once");
+    bench.engine.unregister(LOCAL).expect("quiet now");
+}
+
+#[test]
 fn cancel_ends_what_is_queued_and_waits_for_what_flies() {
     let bench = Bench::new(1, 2, 4096, true);
     let batch = bench.engine.allocate_batch(2).expect("batch");

@@ -98,9 +98,14 @@ struct Shared {
 /// # Errors
 /// As [`Transport::install`], also if there are none.
 pub fn devices(config: &Config) -> Result<Vec<Device>> {
+    find(config).map(|(_, found)| found)
+}
+
+/// libfabric, and at least one device of the provider.
+fn find(config: &Config) -> Result<(&'static Libfabric, Vec<Device>)> {
     let lib = Libfabric::get(config.libfabric.as_deref(), hmem::cuda_loaded())?;
     let found = nic::devices(lib, &config.provider, config.use_ipv6)?;
-    if found.is_empty() { Err(no_devices(lib, config)) } else { Ok(found) }
+    if found.is_empty() { Err(no_devices(lib, config)) } else { Ok((lib, found)) }
 }
 
 impl Transport {
@@ -112,7 +117,6 @@ impl Transport {
     /// Never falls back to another provider.
     pub fn install(options: Options) -> Result<Self> {
         let Options { server_name, topology, devices, config, host, observer } = options;
-        let lib = Libfabric::get(config.libfabric.as_deref(), hmem::cuda_loaded())?;
         if server_name.is_empty() || server_name.len() > MAX_NAME {
             return Err(Error::invalid(format!(
                 "a server name of {} bytes: 1 to {} are possible",
@@ -120,7 +124,7 @@ impl Transport {
                 MAX_NAME
             )));
         }
-        let found = self::devices(&config)?;
+        let (lib, found) = find(&config)?;
         let provider = found[0].info().provider();
         let topology = match (topology, &config.custom_topology) {
             (None, Some(path)) => Some(read_topology(path)?),
@@ -335,7 +339,7 @@ impl Transport {
             (_, None) => answer.reply_msg = "efa_addr is not a hexadecimal address".to_owned(),
             (Some(rail), Some(address)) => {
                 let connect = |nic: &mut FabricNic| Nic::connect(nic, &address).map(drop);
-                let connected = shared.engine.with_nic(rail, connect).and_then(|done| done);
+                let connected = shared.engine.with_nic(rail, connect);
                 answer.efa_addr = segment::hex_encode(&shared.addresses[rail]);
                 if let Err(error) = connected {
                     answer.efa_addr.clear();
@@ -389,7 +393,7 @@ impl Transport {
         if seen.0.is_final() {
             return Ok(seen);
         }
-        engine.progress(self.shared.now());
+        self.shared.advance(batch)?;
         engine.task_status(batch, task)
     }
 
@@ -400,7 +404,7 @@ impl Transport {
         if seen.0.is_final() {
             return Ok(seen);
         }
-        engine.progress(self.shared.now());
+        self.shared.advance(batch)?;
         engine.batch_status(batch)
     }
 
@@ -433,7 +437,7 @@ impl Transport {
                     format!("the batch is still under way after {timeout:?}"),
                 ));
             }
-            match engine.progress(now) {
+            match self.shared.advance(batch)? {
                 0 => patience.pause(),
                 _ => patience = Patience::default(),
             }
@@ -508,6 +512,16 @@ impl Shared {
         let rails: Vec<usize> = (index..self.names.len()).step_by(self.sleepers.len()).collect();
         let clock = || self.now();
         poller::run(&self.engine, &rails, &self.sleepers[index], &self.stop, clock);
+    }
+
+    /// Makes progress for someone who waits for a batch. The count of operations posted or finished.
+    fn advance(&self, batch: BatchId) -> Result<usize> {
+        let now = self.now();
+        let events = self.engine.progress(now);
+        if events == 0 {
+            self.engine.expire(batch, now)?;
+        }
+        Ok(events)
     }
 
     fn now(&self) -> u64 {

@@ -128,7 +128,7 @@ fn sleep(
         for &rail in rails {
             let looked = engine.with_nic(rail, |nic| {
                 fds.extend(nic.fd());
-                nic.fd().is_none() || nic.may_sleep()
+                Ok(nic.fd().is_none() || nic.may_sleep())
             });
             quiet &= looked.unwrap_or(false);
         }
