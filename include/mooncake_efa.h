@@ -380,12 +380,14 @@ typedef struct mefa_segment_desc {
 typedef void (*mefa_segment_fn)(void *context, const struct mefa_segment_desc *segment);
 
 /**
- * A peer's segment, opened. An opaque number, never 0.
+ * A peer's segment, opened. An opaque number, never 0, for the transport that gave it: every function
+ * refuses it with another one (MEFA_CODE_INVALID_ARGUMENT).
  */
 typedef uint64_t mefa_segment;
 
 /**
- * A batch of transfer requests. An opaque number, never 0.
+ * A batch of transfer requests. An opaque number, never 0, for the transport that gave it: every
+ * function refuses it with another one (MEFA_CODE_INVALID_ARGUMENT).
  */
 typedef uint64_t mefa_batch;
 

@@ -8,10 +8,12 @@ use std::ffi::{c_char, c_int, c_void};
 /// refused by every function.
 pub type mefa_transport = u64;
 
-/// A peer's segment, opened. An opaque number, never 0.
+/// A peer's segment, opened. An opaque number, never 0, for the transport that gave it: every function
+/// refuses it with another one (MEFA_CODE_INVALID_ARGUMENT).
 pub type mefa_segment = u64;
 
-/// A batch of transfer requests. An opaque number, never 0.
+/// A batch of transfer requests. An opaque number, never 0, for the transport that gave it: every
+/// function refuses it with another one (MEFA_CODE_INVALID_ARGUMENT).
 pub type mefa_batch = u64;
 
 /// What functions return: 0, or one of these. The numbers are Mooncake's where it has one.

@@ -8,7 +8,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::table::Table;
+use super::table::{Seal, Table};
 use crate::error::{Code, Error, Result};
 
 /// Status of a task or a batch, in Mooncake's numbers (`TransferStatusEnum`).
@@ -50,7 +50,7 @@ impl Status {
     }
 }
 
-/// A batch: up to a fixed number of tasks. The number is opaque; 0 is never a batch.
+/// A batch: up to a fixed number of tasks. The number is opaque, and its engine's own; 0 is never a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BatchId(pub u64);
 
@@ -130,6 +130,7 @@ const INDEX_BITS: u32 = 27;
 /// serves the next of its size without an allocation.
 pub(super) struct Batches {
     classes: [Table<Batch>; CLASSES as usize],
+    seal: Seal,
 }
 
 /// A batch that cannot be recycled while this exists.
@@ -146,13 +147,11 @@ impl Drop for Pin<'_> {
     }
 }
 
-impl Default for Batches {
-    fn default() -> Self {
-        Self { classes: std::array::from_fn(|_| Table::default()) }
-    }
-}
-
 impl Batches {
+    pub fn new(seal: Seal) -> Self {
+        Self { classes: std::array::from_fn(|_| Table::default()), seal }
+    }
+
     /// A new batch for up to `capacity` tasks, 1 to [`MAX_BATCH`].
     pub fn allocate(&self, capacity: u32) -> Result<BatchId> {
         if capacity == 0 || capacity > MAX_BATCH {
@@ -177,13 +176,15 @@ impl Batches {
         batch.earliest.store(u64::MAX, Ordering::Relaxed);
         // Last: a stale pin sees 0 and refuses until the rest is set.
         batch.holds.store(1, Ordering::Release);
-        Ok(BatchId(u64::from(generation) << 32 | u64::from(slot)))
+        Ok(BatchId(self.seal.number(slot, generation)))
     }
 
     /// Keeps a batch from being recycled; an error for a number that is not a batch.
     pub fn pin(&self, id: BatchId) -> Result<Pin<'_>> {
-        let (slot, generation) = (id.0 as u32, (id.0 >> 32) as u32);
-        let unknown = || Error::invalid(format!("{:#x} is not a batch (or was freed)", id.0));
+        let (slot, generation) = self.seal.place(id.0);
+        let unknown = || {
+            Error::invalid(format!("{:#x} is not a batch of this transport (or was freed)", id.0))
+        };
         let class = slot >> INDEX_BITS;
         let table = self.classes.get(class as usize).ok_or_else(unknown)?;
         let index = slot & ((1 << INDEX_BITS) - 1);

@@ -33,6 +33,7 @@ use plan::Plan;
 pub use rail::RailCounters;
 use rail::{Failure, Rail, Shared, Span};
 use region::{LocalRegion, Number, RangeMap};
+use table::Seal;
 pub(crate) use table::Table;
 use target::Target;
 pub use target::{RemoteBuffer, RemoteNic, RemoteSegment, TargetId};
@@ -162,6 +163,7 @@ pub struct Engine<N> {
     /// What callers registered, by first byte. Held while registrations change.
     buffers: Mutex<BTreeMap<u64, BufferRecord>>,
     targets: Table<ArcSwapOption<Target>>,
+    seal: Seal,
     observer: Option<Observer>,
     settings: Settings,
     /// Where the next submission starts looking for a rail, so that equals take turns.
@@ -194,16 +196,18 @@ impl<N: Nic> Engine<N> {
     pub fn new(nics: Vec<(String, N)>, settings: Settings, observer: Option<Observer>) -> Self {
         let virtual_addresses = nics.iter().all(|(_, nic)| nic.virtual_addresses());
         let rails = nics.into_iter().enumerate();
+        let seal = Seal::new();
         Self {
             rails: rails.map(|(index, (name, nic))| Rail::new(name, index as u32, nic)).collect(),
             shared: Shared {
-                batches: batch::Batches::default(),
+                batches: batch::Batches::new(seal),
                 users: region::Users::default(),
                 slice: settings.slice.max(1),
             },
             locals: ArcSwap::default(),
             buffers: Mutex::default(),
             targets: Table::default(),
+            seal,
             observer,
             settings,
             rotation: AtomicUsize::new(0),
@@ -443,7 +447,7 @@ impl<N: Nic> Engine<N> {
             .ok_or_else(|| Error::new(Code::TooManyRequests, "too many segments are open"))?;
         let target = Target::new(segment, self.rails.len());
         self.targets.at(index).expect("just taken").store(Some(Arc::new(target)));
-        Ok(TargetId(u64::from(generation) << 32 | u64::from(index)))
+        Ok(TargetId(self.seal.number(index, generation)))
     }
 
     /// Replaces what is known of a peer. Transfers under way are not touched.
@@ -459,11 +463,12 @@ impl<N: Nic> Engine<N> {
     /// Forgets a peer. Transfers under way are not touched.
     pub fn remove_target(&self, id: TargetId) -> Result<()> {
         let slot = self.target_slot(id)?;
-        if !self.targets.retire(id.0 as u32, (id.0 >> 32) as u32) {
+        let (index, generation) = self.seal.place(id.0);
+        if !self.targets.retire(index, generation) {
             return Err(unknown_target(id));
         }
         slot.store(None);
-        self.targets.give_back(id.0 as u32);
+        self.targets.give_back(index);
         Ok(())
     }
 
@@ -498,7 +503,8 @@ impl<N: Nic> Engine<N> {
     }
 
     fn target_slot(&self, id: TargetId) -> Result<&ArcSwapOption<Target>> {
-        self.targets.get(id.0 as u32, (id.0 >> 32) as u32).ok_or_else(|| unknown_target(id))
+        let (index, generation) = self.seal.place(id.0);
+        self.targets.get(index, generation).ok_or_else(|| unknown_target(id))
     }
 
     fn target(&self, id: TargetId) -> Result<Arc<Target>> {
@@ -638,7 +644,7 @@ impl<N: Nic> Engine<N> {
                     peer: self.peer(*id, target, rail, nic)?,
                     deadline,
                     region: local.number.index,
-                    target: id.0 as u32,
+                    target: self.seal.place(id.0).0,
                     write: piece.write,
                 });
                 loads[rail] += length;
@@ -827,5 +833,5 @@ impl<N: Nic> Engine<N> {
 }
 
 fn unknown_target(id: TargetId) -> Error {
-    Error::invalid(format!("{:#x} is not an open segment", id.0))
+    Error::invalid(format!("{:#x} is not an open segment of this transport", id.0))
 }

@@ -1,5 +1,6 @@
 //! Slots with generations: made once, found by index without a lock, used again after a release.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -118,6 +119,32 @@ impl<T> Table<T> {
     }
 }
 
+/// Makes the numbers that callers see of places in one engine's tables, and the other way round. Every
+/// engine has a seal of its own, so that a number of another one names a place that is not in use: that
+/// the 32 bits of the generation fit by chance too is as good as impossible.
+#[derive(Clone, Copy)]
+pub(super) struct Seal(u64);
+
+impl Seal {
+    /// Set in every seal, and in no index: no number is 0.
+    const NEVER_ZERO: u64 = 1 << 31;
+
+    pub fn new() -> Self {
+        Self(RandomState::new().hash_one(0) | Self::NEVER_ZERO)
+    }
+
+    /// The number of a place: an index below 2^31, and a generation.
+    pub fn number(self, index: u32, generation: u32) -> u64 {
+        self.0 ^ (u64::from(generation) << 32 | u64::from(index))
+    }
+
+    /// Index and generation. Any number has some; whether they are in use is for the table to say.
+    pub fn place(self, number: u64) -> (u32, u32) {
+        let raw = number ^ self.0;
+        (raw as u32, (raw >> 32) as u32)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,6 +179,14 @@ mod tests {
         assert_ne!(again.1, generation);
         assert!(table.get(index, generation).is_none());
         assert_eq!(table.iter().count(), 64);
+    }
+
+    #[test]
+    fn a_number_belongs_to_its_seal() {
+        let (ours, theirs) = (Seal::new(), Seal::new());
+        let number = ours.number(5, 7);
+        assert_eq!(ours.place(number), (5, 7));
+        assert_ne!(theirs.place(number).1, 7);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::nic::PeerAddress;
 use super::region::{RangeMap, RemoteRegion};
 use crate::error::{Error, Result};
 
-/// A peer's segment: the number is opaque; 0 is never one.
+/// A peer's segment. The number is opaque, and its engine's own; 0 is never one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TargetId(pub u64);
 

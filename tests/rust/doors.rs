@@ -22,6 +22,7 @@ const CANCELED: i32 = 3;
 const COMPLETED: i32 = 4;
 const TIMEOUT: i32 = 5;
 const FAILED: i32 = 6;
+const INVALID: i32 = -1;
 const BUSY: i32 = -4;
 const FULL: i32 = -2;
 
@@ -523,6 +524,39 @@ fn batch_limit<D: Door>(provider: &str) {
     assert!(door.allocate((1 << 20) + 1).is_err());
 }
 
+/// Numbers of one transport are no numbers of another in the same process.
+fn foreign_numbers<D: Door>(provider: &str) {
+    let (mut target, ours, _buffer, segment) = pair::<D>(provider, MIB);
+    let theirs = D::install(provider);
+    let other = Buffer::new(MIB).expect("mapped");
+    theirs.register(&other, 0, MIB).expect("registered");
+    let their_segment = theirs.open(&target.descriptor).expect("opened");
+    let (batch, their_batch) =
+        (ours.allocate(1).expect("batch"), theirs.allocate(1).expect("batch"));
+    fill(&other, 0, MIB, 19);
+    let one = Move {
+        write: true,
+        local: other.address(),
+        target: their_segment,
+        remote: target.base,
+        length: 4096,
+    };
+    assert_eq!(theirs.submit(batch, &[one], LIMIT), Err(INVALID));
+    let foreign = Move { target: segment, ..one };
+    assert_eq!(theirs.submit(their_batch, &[foreign], LIMIT), Err(INVALID));
+    assert_eq!(theirs.wait(batch, LIMIT), Err(INVALID));
+    assert_eq!(theirs.task(batch, 0), Err(INVALID));
+    assert_eq!(theirs.is_quiet(batch), Err(INVALID));
+    assert_eq!(theirs.cancel(batch), Err(INVALID));
+    assert_eq!(theirs.free(batch), Err(INVALID));
+    target.check(0, MIB, 0);
+    theirs.submit(their_batch, &[one], LIMIT).expect("started");
+    assert_eq!(theirs.wait(their_batch, LIMIT), Ok(COMPLETED));
+    target.check(0, 4096, 19);
+    theirs.free(their_batch).expect("freed");
+    ours.free(batch).expect("freed");
+}
+
 /// A target that does not answer: what is under way keeps its batch and memory.
 fn stopped_target<D: Door>(provider: &str) {
     let (mut target, door, buffer, segment) = pair::<D>(provider, 64 * MIB);
@@ -668,6 +702,7 @@ doors! {
     past_four_gib: tcp shm efa;
     many_threads: tcp shm efa; // `sockets`: see docs/architecture.md, known limits
     batch_limit: tcp shm efa;
+    foreign_numbers: tcp shm efa;
     stopped_target: tcp;
     dead_target: tcp efa;
     wrong_key: tcp;
