@@ -28,6 +28,9 @@ use types::*;
 
 /// Longest wait for other threads to leave a transport that is being uninstalled.
 const LEAVE: Duration = Duration::from_secs(10);
+/// How often that wait looks. Most calls leave sooner, so there is mostly no wait at all; a callback that
+/// takes long must not cost a core.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 static TRANSPORTS: OnceLock<Table<ArcSwapOption<Transport>>> = OnceLock::new();
 
@@ -279,7 +282,7 @@ pub extern "C" fn mefa_uninstall(transport: mefa_transport) -> c_int {
                 }
                 Err(shared) if Instant::now() < limit => {
                     last = shared;
-                    std::thread::yield_now();
+                    std::thread::sleep(LOOK_EVERY);
                 }
                 Err(_) => {
                     return Err(Error::new(
