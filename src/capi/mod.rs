@@ -778,7 +778,9 @@ pub unsafe extern "C" fn mefa_batch_status(
     })
 }
 
-/// Gives the reason of a failed task to `text`; an empty one if it did not fail. Any thread.
+/// Gives the reason of a task that failed or timed out to `text`, in one line: operation, bytes, peer, NIC
+/// of ours, time since mefa_submit, and the cause, in the provider's words if it has any. An empty one for
+/// every other task. Any thread.
 ///
 /// # Safety
 /// `text` must be callable with `context`.

@@ -5,9 +5,14 @@
 //! `unfinished` tasks have no final status yet; `holds` counts groups whose memory the provider may
 //! still touch, plus one for the caller until he frees the batch.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use parking_lot::Mutex;
+
+use super::failure::Failure;
 use super::table::{Seal, Table};
 use crate::error::{Code, Error, Result};
 
@@ -84,6 +89,14 @@ impl Ended {
     }
 }
 
+/// What a group does: for messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Aim {
+    /// Slot of the target, below 2^31.
+    pub target: u32,
+    pub write: bool,
+}
+
 #[derive(Default)]
 pub(super) struct Task {
     status: AtomicU32,
@@ -93,8 +106,10 @@ pub(super) struct Task {
     remaining: AtomicU64,
     /// 0, or the final status that the group will get instead of `Completed`; and [`PUBLISHED`].
     verdict: AtomicU32,
-    /// The provider's errno of the first failure, and its rail: `rail << 32 | errno`.
-    failure: AtomicU64,
+    /// The group's [`Aim`]: `target << 1 | write`.
+    aim: AtomicU32,
+    /// When the group was submitted, nanoseconds.
+    started: AtomicU64,
     /// When the group must have ended, nanoseconds.
     deadline: AtomicU64,
     length: AtomicU64,
@@ -117,6 +132,8 @@ pub(super) struct Batch {
     holds: AtomicU32,
     /// The earliest deadline of its groups.
     earliest: AtomicU64,
+    /// Why groups failed or timed out, by first task. Empty unless some did, so that success never looks.
+    failures: Mutex<BTreeMap<u32, Failure>>,
     /// Made when the slot is first used: a slot is small, its tasks may be many.
     tasks: OnceLock<Box<[Task]>>,
 }
@@ -222,6 +239,9 @@ impl Batches {
 
     fn release(&self, slot: u32, batch: &Batch) {
         if batch.holds.fetch_sub(1, Ordering::AcqRel) == 1 {
+            if batch.failed.load(Ordering::Relaxed) > 0 {
+                batch.failures.lock().clear();
+            }
             let (class, index) = (slot >> INDEX_BITS, slot & ((1 << INDEX_BITS) - 1));
             self.classes[class as usize].give_back(index);
         }
@@ -239,6 +259,18 @@ impl Batches {
     /// One more hold on a group's batch, for an [`Ended`] besides the one of its last byte.
     pub fn hold(&self, group: GroupRef) {
         self.at(group.slot).holds.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Condemns a group (see [`Task::condemn`]) and keeps `failure` as the reason, unless it has one. True
+    /// if it had none.
+    pub fn fail(&self, group: GroupRef, verdict: Status, failure: &Failure) -> bool {
+        let batch = self.at(group.slot);
+        // Under the lock: whoever else finds the group condemned finds the reason too.
+        let mut failures = batch.failures.lock();
+        batch.tasks()[group.first as usize].condemn(verdict);
+        let Entry::Vacant(place) = failures.entry(group.first) else { return false };
+        place.insert(failure.clone());
+        true
     }
 
     /// Claims the publication of a group: true for one caller. `each` is called with every member's
@@ -310,11 +342,20 @@ impl Pin<'_> {
 
     /// Makes `count` prepared tasks from `first` on one group of `bytes` bytes, which holds the
     /// batch until it is published as quiet.
-    pub fn start_group(&self, first: u32, count: u32, bytes: u64, deadline: u64) -> GroupRef {
+    pub fn start_group(
+        &self,
+        first: u32,
+        count: u32,
+        bytes: u64,
+        aim: Aim,
+        now: u64,
+        deadline: u64,
+    ) -> GroupRef {
         let task = &self.batch.tasks()[first as usize];
         task.remaining.store(bytes, Ordering::Relaxed);
         task.verdict.store(0, Ordering::Relaxed);
-        task.failure.store(0, Ordering::Relaxed);
+        task.aim.store(aim.target << 1 | u32::from(aim.write), Ordering::Relaxed);
+        task.started.store(now, Ordering::Relaxed);
         task.deadline.store(deadline, Ordering::Relaxed);
         self.batch.unfinished.fetch_add(count, Ordering::Relaxed);
         self.batch.holds.fetch_add(1, Ordering::Relaxed);
@@ -350,14 +391,15 @@ impl Pin<'_> {
         Ok((status, moved))
     }
 
-    /// Rail and errno of the failure of the group that task `index` is in.
-    pub fn failure(&self, index: u32) -> Option<(u32, i32)> {
-        let tasks = &self.batch.tasks()[..=index as usize];
-        let leader = tasks.iter().rev().find(|task| task.members.load(Ordering::Relaxed) > 0)?;
-        match leader.failure.load(Ordering::Acquire) {
-            0 => None,
-            failure => Some(((failure >> 32) as u32, failure as u32 as i32)),
+    /// Why task `index` failed or timed out.
+    pub fn failure(&self, index: u32) -> Result<Option<Failure>> {
+        let (status, _) = self.task(index)?;
+        if !matches!(status, Status::Failed | Status::Timeout) {
+            return Ok(None);
         }
+        let tasks = &self.batch.tasks()[..=index as usize];
+        let first = tasks.iter().rposition(|task| task.members.load(Ordering::Relaxed) > 0);
+        Ok(first.and_then(|first| self.batch.failures.lock().get(&(first as u32)).cloned()))
     }
 
     /// Status of the batch as a whole: pending until every task has a final status, then completed
@@ -377,8 +419,8 @@ impl Pin<'_> {
         self.batch.used.load(Ordering::Acquire)
     }
 
-    /// Groups whose deadline passed a while ago. Their rails see to deadlines themselves; these are
-    /// for a rail whose driver does not come back from the provider.
+    /// Groups whose deadline passed a while ago, each with a hold. Their rails see to deadlines
+    /// themselves; these are for a rail whose driver does not come back from the provider.
     pub fn overdue(&self, now: u64) -> impl Iterator<Item = Ended> {
         let late = move |deadline: u64| now >= deadline.saturating_add(OVERDUE);
         let tasks: &[Task] = if late(self.batch.earliest.load(Ordering::Acquire)) {
@@ -391,7 +433,6 @@ impl Pin<'_> {
                 && task.status.load(Ordering::Acquire) == Status::Pending as u32
                 && late(task.deadline.load(Ordering::Relaxed));
             pending.then(|| {
-                task.condemn(Status::Timeout);
                 self.batch.holds.fetch_add(1, Ordering::Relaxed);
                 Ended::new(self.group_at(first), Status::Timeout)
             })
@@ -433,17 +474,25 @@ impl Task {
 
     /// Settles that the group will end with `verdict`, unless it was settled already. Pieces that
     /// are not posted will be given up; posted ones must come back first.
-    pub fn condemn(&self, verdict: Status) -> bool {
-        self.verdict
-            .compare_exchange(0, verdict as u32, Ordering::AcqRel, Ordering::Relaxed)
-            .is_ok()
+    pub fn condemn(&self, verdict: Status) {
+        let _ =
+            self.verdict.compare_exchange(0, verdict as u32, Ordering::AcqRel, Ordering::Relaxed);
     }
 
-    /// Settles that the group fails with this errno on this rail.
-    pub fn fail(&self, rail: u32, errno: i32) {
-        if self.condemn(Status::Failed) {
-            self.failure.store(u64::from(rail) << 32 | u64::from(errno as u32), Ordering::Release);
-        }
+    /// What the group does.
+    pub fn aim(&self) -> Aim {
+        let aim = self.aim.load(Ordering::Relaxed);
+        Aim { target: aim >> 1, write: aim & 1 == 1 }
+    }
+
+    /// Nanoseconds since the group was submitted.
+    pub fn age(&self, now: u64) -> u64 {
+        now.saturating_sub(self.started.load(Ordering::Relaxed))
+    }
+
+    /// Bytes of the group that have not ended.
+    pub fn remaining(&self) -> u64 {
+        self.remaining.load(Ordering::Relaxed)
     }
 
     /// The group's verdict is settled: nothing more of it should be posted.

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod batch;
+mod failure;
 mod nic;
 mod plan;
 mod rail;
@@ -26,12 +27,12 @@ use parking_lot::Mutex;
 
 use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
-use batch::Ended;
+use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
-pub use nic::{Completion, Nic, Operation, PeerAddress, Post};
+pub use nic::{Nic, Operation, PeerAddress, Post};
 use plan::Plan;
 pub use rail::RailCounters;
-use rail::{Failure, Rail, Shared, Span};
+use rail::{Outcome, Rail, STUCK, Shared, Span};
 use region::{LocalRegion, Number, RangeMap};
 use table::Seal;
 pub(crate) use table::Table;
@@ -162,7 +163,6 @@ pub struct Engine<N> {
     locals: ArcSwap<RangeMap<LocalRegion>>,
     /// What callers registered, by first byte. Held while registrations change.
     buffers: Mutex<BTreeMap<u64, BufferRecord>>,
-    targets: Table<ArcSwapOption<Target>>,
     seal: Seal,
     observer: Option<Observer>,
     settings: Settings,
@@ -181,9 +181,8 @@ struct Scratch {
 
 #[derive(Default)]
 struct Events {
-    ended: Vec<Ended>,
+    outcome: Outcome,
     finished: Vec<Finished>,
-    failures: Vec<Failure>,
 }
 
 thread_local! {
@@ -195,29 +194,24 @@ impl<N: Nic> Engine<N> {
     /// An engine over these NICs, by name. At least one.
     pub fn new(nics: Vec<(String, N)>, settings: Settings, observer: Option<Observer>) -> Self {
         let virtual_addresses = nics.iter().all(|(_, nic)| nic.virtual_addresses());
-        let rails = nics.into_iter().enumerate();
+        let rails = nics.into_iter().map(|(name, nic)| Rail::new(name, nic));
         let seal = Seal::new();
         Self {
-            rails: rails.map(|(index, (name, nic))| Rail::new(name, index as u32, nic)).collect(),
+            rails: rails.collect(),
             shared: Shared {
                 batches: batch::Batches::new(seal),
                 users: region::Users::default(),
+                targets: Table::default(),
                 slice: settings.slice.max(1),
             },
             locals: ArcSwap::default(),
             buffers: Mutex::default(),
-            targets: Table::default(),
             seal,
             observer,
             settings,
             rotation: AtomicUsize::new(0),
             virtual_addresses,
         }
-    }
-
-    /// A rail's NIC name.
-    pub fn rail_name(&self, rail: usize) -> &str {
-        &self.rails[rail].name
     }
 
     /// Counters of a rail.
@@ -442,11 +436,12 @@ impl<N: Nic> Engine<N> {
     /// Makes a peer's segment known.
     pub fn add_target(&self, segment: RemoteSegment) -> Result<TargetId> {
         let (index, generation) = self
+            .shared
             .targets
             .take(ArcSwapOption::empty)
             .ok_or_else(|| Error::new(Code::TooManyRequests, "too many segments are open"))?;
         let target = Target::new(segment, self.rails.len());
-        self.targets.at(index).expect("just taken").store(Some(Arc::new(target)));
+        self.shared.targets.at(index).expect("just taken").store(Some(Arc::new(target)));
         Ok(TargetId(self.seal.number(index, generation)))
     }
 
@@ -464,17 +459,17 @@ impl<N: Nic> Engine<N> {
     pub fn remove_target(&self, id: TargetId) -> Result<()> {
         let slot = self.target_slot(id)?;
         let (index, generation) = self.seal.place(id.0);
-        if !self.targets.retire(index, generation) {
+        if !self.shared.targets.retire(index, generation) {
             return Err(unknown_target(id));
         }
         slot.store(None);
-        self.targets.give_back(index);
+        self.shared.targets.give_back(index);
         Ok(())
     }
 
     /// A peer's segment name.
     pub fn target_name(&self, id: TargetId) -> Result<String> {
-        Ok(self.target(id)?.name.clone())
+        Ok(self.target(id)?.name.to_string())
     }
 
     /// A peer's server, and the name of one of its NICs.
@@ -504,7 +499,7 @@ impl<N: Nic> Engine<N> {
 
     fn target_slot(&self, id: TargetId) -> Result<&ArcSwapOption<Target>> {
         let (index, generation) = self.seal.place(id.0);
-        self.targets.get(index, generation).ok_or_else(|| unknown_target(id))
+        self.shared.targets.get(index, generation).ok_or_else(|| unknown_target(id))
     }
 
     fn target(&self, id: TargetId) -> Result<Arc<Target>> {
@@ -558,7 +553,7 @@ impl<N: Nic> Engine<N> {
         deadline: u64,
     ) -> Result<u32, Refusal> {
         let mut scratch = SCRATCH.take();
-        let result = self.submit_with(&mut scratch, batch, requests, deadline);
+        let result = self.submit_with(&mut scratch, batch, requests, now, deadline);
         if result.is_ok() {
             for (rail, spans) in self.rails.iter().zip(&scratch.spans) {
                 if !spans.is_empty() {
@@ -576,6 +571,7 @@ impl<N: Nic> Engine<N> {
         scratch: &mut Scratch,
         batch: BatchId,
         requests: impl ExactSizeIterator<Item = Request>,
+        now: u64,
         deadline: u64,
     ) -> Result<u32, Refusal> {
         let pin = self.shared.batches.pin(batch)?;
@@ -587,7 +583,7 @@ impl<N: Nic> Engine<N> {
         let placed = self.place(scratch, &locals, deadline);
         match placed.and_then(|()| Ok(pin.reserve(count)?)) {
             Ok(first) => {
-                self.start(scratch, &locals, &pin, first, deadline);
+                self.start(scratch, &locals, &pin, first, now, deadline);
                 Ok(first)
             }
             Err(refusal) => {
@@ -644,7 +640,6 @@ impl<N: Nic> Engine<N> {
                     peer: self.peer(*id, target, rail, nic)?,
                     deadline,
                     region: local.number.index,
-                    target: self.seal.place(id.0).0,
                     write: piece.write,
                 });
                 loads[rail] += length;
@@ -661,6 +656,7 @@ impl<N: Nic> Engine<N> {
         locals: &RangeMap<LocalRegion>,
         pin: &batch::Pin,
         first: u32,
+        now: u64,
         deadline: u64,
     ) {
         let Scratch { plan, spans, .. } = scratch;
@@ -669,9 +665,12 @@ impl<N: Nic> Engine<N> {
         }
         let mut events = EVENTS.take();
         for group in &plan.groups {
-            let started = pin.start_group(first + group.first, group.tasks, group.bytes, deadline);
+            let target = self.seal.place(plan.targets[group.target as usize].0.0).0;
+            let aim = Aim { target, write: group.write };
+            let at = first + group.first;
+            let started = pin.start_group(at, group.tasks, group.bytes, aim, now, deadline);
             if group.bytes == 0 {
-                events.ended.push(Ended::new(started, Status::Completed));
+                events.outcome.ended.push(Ended::new(started, Status::Completed));
             }
         }
         // Each span uses its region; the first of a piece takes over the piece's own use.
@@ -700,11 +699,10 @@ impl<N: Nic> Engine<N> {
         self.shared.batches.pin(batch)?.task(task)
     }
 
-    /// Why a task failed: the rail it failed on, and libfabric's errno.
-    pub fn task_failure(&self, batch: BatchId, task: u32) -> Result<Option<(usize, i32)>> {
+    /// Why a task failed or timed out, in one line; `None` if it did not.
+    pub fn task_error(&self, batch: BatchId, task: u32) -> Result<Option<String>> {
         let pin = self.shared.batches.pin(batch)?;
-        pin.task(task)?;
-        Ok(pin.failure(task).map(|(rail, errno)| (rail as usize, errno)))
+        Ok(pin.failure(task)?.map(|failure| failure.to_string()))
     }
 
     /// Status of a batch: pending while a task is under way, then completed if every task did, or
@@ -738,7 +736,7 @@ impl<N: Nic> Engine<N> {
     fn sweep(&self, now: u64) {
         let mut events = EVENTS.take();
         for rail in &self.rails {
-            rail.sweep(&self.shared, now, &mut events.ended);
+            rail.sweep(&self.shared, now, &mut events.outcome);
         }
         self.publish(&mut events);
         EVENTS.replace(events);
@@ -771,7 +769,15 @@ impl<N: Nic> Engine<N> {
     pub fn expire(&self, batch: BatchId, now: u64) -> Result<()> {
         let pin = self.shared.batches.pin(batch)?;
         let mut events = EVENTS.take();
-        events.ended.extend(pin.overdue(now));
+        let Outcome { ended, failures } = &mut events.outcome;
+        for late in pin.overdue(now) {
+            let length = self.shared.batches.group(late.group).remaining();
+            let failure = self.shared.failure(late.group, length, None, now, STUCK.into());
+            if self.shared.batches.fail(late.group, Status::Timeout, &failure) {
+                failures.push(failure);
+            }
+            ended.push(late);
+        }
         self.publish(&mut events);
         EVENTS.replace(events);
         Ok(())
@@ -785,24 +791,21 @@ impl<N: Nic> Engine<N> {
 
     fn drive(&self, rail: &Rail<N>, now: u64) -> Option<usize> {
         let mut events = EVENTS.take();
-        let Events { ended, failures, .. } = &mut events;
-        let count = rail.drive(&self.shared, now, ended, failures);
-        for failure in events.failures.drain(..) {
-            self.report(rail, &failure);
-        }
+        let count = rail.drive(&self.shared, now, &mut events.outcome);
         self.publish(&mut events);
         EVENTS.replace(events);
         count
     }
 
-    /// Tells the observer of what ended, then makes it visible.
+    /// Logs what failed, tells the observer of what ended, then makes it visible.
     fn publish(&self, events: &mut Events) {
-        if events.ended.is_empty() {
+        let Events { outcome: Outcome { ended: all, failures }, finished } = events;
+        failures.drain(..).for_each(|failure| log::error!("{failure}"));
+        if all.is_empty() {
             return;
         }
         let batches = &self.shared.batches;
-        for ended in &mut events.ended {
-            let finished = &mut events.finished;
+        for ended in all.iter_mut() {
             let observed = self.observer.is_some();
             ended.claimed = batches.claim(ended, |cookie, bytes, status| {
                 if observed {
@@ -810,25 +813,13 @@ impl<N: Nic> Engine<N> {
                 }
             });
         }
-        if let Some(observer) = self.observer.as_ref().filter(|_| !events.finished.is_empty()) {
-            observer(&events.finished);
-            events.finished.clear();
+        if let Some(observer) = self.observer.as_ref().filter(|_| !finished.is_empty()) {
+            observer(finished);
+            finished.clear();
         }
-        for ended in events.ended.drain(..) {
+        for ended in all.drain(..) {
             batches.finish(ended);
         }
-    }
-
-    fn report(&self, rail: &Rail<N>, failure: &Failure) {
-        let target = self.targets.at(failure.target).and_then(|target| target.load_full());
-        let name = target.as_ref().map_or("a closed segment", |target| target.name.as_str());
-        let operation = if failure.write { "write to" } else { "read from" };
-        log::error!(
-            "{operation} {name} over {} of {} bytes failed: {}",
-            rail.name,
-            failure.length,
-            failure.text
-        );
     }
 }
 

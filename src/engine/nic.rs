@@ -27,17 +27,6 @@ pub struct Operation {
     pub slot: u32,
 }
 
-/// A finished operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Completion {
-    /// The slot it was posted with.
-    pub slot: u32,
-    /// 0, or libfabric's errno.
-    pub errno: i32,
-    /// With an errno: the provider's own number.
-    pub provider_errno: i32,
-}
-
 /// One network device. All calls come from one thread at a time.
 pub trait Nic: Send {
     /// Most operations in flight: strictly below what the device's queues hold.
@@ -58,12 +47,13 @@ pub trait Nic: Send {
     /// Makes a peer reachable by its endpoint's address; the same peer for the same address.
     fn connect(&mut self, address: &[u8]) -> Result<PeerAddress>;
 
-    /// Posts an operation. With [`Post::Done`] a completion follows, exactly one.
+    /// Posts an operation. After [`Post::Done`] it completes or fails, exactly once.
     fn post(&mut self, operation: &Operation) -> Post;
 
-    /// Makes progress, and appends what finished.
-    fn poll(&mut self, finished: &mut Vec<Completion>);
+    /// Makes progress, and appends the slots of operations that completed, and of those that failed
+    /// with the provider's words for why. A slot with nothing in flight is a stray.
+    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, String)>);
 
-    /// The provider's words for a failed completion, for logs.
-    fn explain(&self, errno: i32, provider_errno: i32) -> String;
+    /// The errno of a [`Post::Failed`] in words.
+    fn explain(&self, errno: i32) -> String;
 }

@@ -23,6 +23,9 @@ pub(super) struct Group {
     pub first: u32,
     pub tasks: u32,
     pub bytes: u64,
+    pub write: bool,
+    /// Index of the target in the plan.
+    pub target: u32,
 }
 
 /// A part of a group inside one local and one remote region.
@@ -127,7 +130,8 @@ impl Plan {
         }
         let peer = &self.targets[target].1;
         let mut done = 0;
-        self.groups.push(Group { first: task, tasks: 1, bytes: length });
+        let target = target as u32;
+        self.groups.push(Group { first: task, tasks: 1, bytes: length, write, target });
         self.tasks.push((length, request.cookie));
         self.bytes += length;
         while done < length {
@@ -175,7 +179,7 @@ impl Plan {
                 local: at,
                 remote: there,
                 length: part,
-                target: target as u32,
+                target,
                 local_region: *local_hint,
                 remote_region: *remote_hint,
                 spans: 1,
@@ -206,7 +210,7 @@ fn extend(
     pieces: &mut [Piece],
     groups: &mut Vec<Group>,
     request: &Request,
-    target: usize,
+    target: u32,
     local_region: usize,
     remote_region: usize,
 ) -> bool {
@@ -214,7 +218,7 @@ fn extend(
     let index = piece.group as usize;
     let fits = index + 2 == groups.len()
         && piece.write == request.write
-        && piece.target as usize == target
+        && piece.target == target
         && piece.local_region == local_region
         && piece.remote_region == remote_region
         && piece.local + piece.length == request.local

@@ -3,16 +3,22 @@
 //! Whoever gets the driver's lock posts and polls for all. Submitters append to the queue under a
 //! short lock of its own and never wait for the driver.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
 
 use super::batch::{Batches, Ended, GroupRef, Status};
-use super::nic::{Completion, Nic, Operation, PeerAddress, Post};
+use super::failure::Failure;
+use super::nic::{Nic, Operation, PeerAddress, Post};
 use super::region::Users;
+use super::table::Table;
+use super::target::Target;
 use crate::error::{Code, Error, Result};
 
 /// Posts between two looks at the completion queue: completions are not kept waiting by a long
@@ -31,6 +37,11 @@ const SWEEP_WAIT: Duration = Duration::from_millis(500);
 /// How often deadlines are looked at, nanoseconds.
 const SCAN_EVERY: u64 = 20_000_000;
 
+/// Causes that are not the provider's words.
+const NOT_POSTED: &str = "its deadline passed before all of it was posted";
+const NOT_BACK: &str = "its deadline passed and the provider has not given it back";
+pub(super) const STUCK: &str = "its deadline passed and the provider does not return from a call";
+
 /// A range of one group on its way over one rail. Cut into operations when it is posted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Span {
@@ -43,8 +54,6 @@ pub(super) struct Span {
     /// Nanoseconds on the caller's clock.
     pub deadline: u64,
     pub region: u32,
-    /// Slot of the target, for messages.
-    pub target: u32,
     pub write: bool,
 }
 
@@ -55,7 +64,6 @@ struct Flight {
     length: u64,
     deadline: u64,
     region: u32,
-    target: u32,
     state: State,
 }
 
@@ -70,8 +78,33 @@ enum State {
 pub(super) struct Shared {
     pub batches: Batches,
     pub users: Users,
+    pub targets: Table<ArcSwapOption<Target>>,
     /// Longest operation to post, bytes.
     pub slice: u64,
+}
+
+impl Shared {
+    /// A failure of (a part of) a group, which must be held.
+    pub fn failure(
+        &self,
+        group: GroupRef,
+        length: u64,
+        nic: Option<&Arc<str>>,
+        now: u64,
+        cause: Cow<'static, str>,
+    ) -> Failure {
+        let group = self.batches.group(group);
+        let aim = group.aim();
+        let target = self.targets.at(aim.target).and_then(ArcSwapOption::load_full);
+        Failure {
+            write: aim.write,
+            length,
+            peer: target.map(|target| target.name.clone()),
+            nic: nic.cloned(),
+            age: group.age(now),
+            cause,
+        }
+    }
 }
 
 /// Counters of one rail since it was opened.
@@ -117,18 +150,15 @@ fn add(counter: &AtomicU64, value: u64) {
     counter.store(counter.load(Ordering::Relaxed) + value, Ordering::Relaxed);
 }
 
-/// A failed operation, for the log.
-#[derive(Clone, Debug)]
-pub(super) struct Failure {
-    pub write: bool,
-    pub length: u64,
-    pub target: u32,
-    pub text: String,
+/// What a turn of a rail brought: to be published, and logged.
+#[derive(Default)]
+pub(super) struct Outcome {
+    pub ended: Vec<Ended>,
+    pub failures: Vec<Failure>,
 }
 
 pub(super) struct Rail<N> {
-    pub name: String,
-    index: u32,
+    pub name: Arc<str>,
     /// Bytes queued or in flight: the load by which rails are chosen, and "is there work".
     load: CachePadded<AtomicU64>,
     queue: CachePadded<Mutex<VecDeque<Span>>>,
@@ -144,21 +174,21 @@ struct Driver<N> {
     free: Vec<u32>,
     /// Taken from the queue, not posted yet.
     taken: VecDeque<Span>,
-    finished: Vec<Completion>,
+    completed: Vec<u32>,
+    failed: Vec<(u32, String)>,
     /// Polls to go before the provider is asked again after it said "again".
     hold_off: u32,
     next_scan: u64,
 }
 
 impl<N: Nic> Rail<N> {
-    pub fn new(name: String, index: u32, nic: N) -> Self {
+    pub fn new(name: String, nic: N) -> Self {
         let depth = nic.depth();
         let idle = Flight {
             group: GroupRef::default(),
             length: 0,
             deadline: 0,
             region: 0,
-            target: 0,
             state: State::Free,
         };
         let driver = Driver {
@@ -167,13 +197,13 @@ impl<N: Nic> Rail<N> {
             // Lowest last, so that it is used first and a light load stays in few cache lines.
             free: (0..depth).rev().collect(),
             taken: VecDeque::with_capacity(2 * TURN),
-            finished: Vec::with_capacity(2 * TURN),
+            completed: Vec::with_capacity(2 * TURN),
+            failed: Vec::new(),
             hold_off: 0,
             next_scan: 0,
         };
         Self {
-            name,
-            index,
+            name: name.into(),
             load: CachePadded::default(),
             queue: CachePadded::new(Mutex::new(VecDeque::with_capacity(1024))),
             driver: CachePadded::new(Mutex::new(driver)),
@@ -217,19 +247,13 @@ impl<N: Nic> Rail<N> {
     }
 
     /// One turn of posting and polling, unless someone else is at it (`None`). The count of
-    /// operations posted or finished. Groups that ended are appended to `ended`; publish them.
-    pub fn drive(
-        &self,
-        shared: &Shared,
-        now: u64,
-        ended: &mut Vec<Ended>,
-        failures: &mut Vec<Failure>,
-    ) -> Option<usize> {
+    /// operations posted or finished. Groups that ended are appended to `outcome`; publish them.
+    pub fn drive(&self, shared: &Shared, now: u64, outcome: &mut Outcome) -> Option<usize> {
         let mut driver = self.driver.try_lock()?;
         add(&self.turns, 1);
         let mut events = 0;
         for _ in 0..TURNS {
-            let finished = self.poll(&mut driver, shared, ended, failures);
+            let finished = self.poll(&mut driver, shared, now, outcome);
             events += finished;
             if driver.hold_off > 0 {
                 driver.hold_off = if finished > 0 { 0 } else { driver.hold_off - 1 };
@@ -237,7 +261,7 @@ impl<N: Nic> Rail<N> {
                     break;
                 }
             }
-            let posted = self.post(&mut driver, shared, now, ended, failures);
+            let posted = self.post(&mut driver, shared, now, outcome);
             events += posted;
             if posted < TURN {
                 break;
@@ -245,7 +269,7 @@ impl<N: Nic> Rail<N> {
         }
         if now >= driver.next_scan {
             driver.next_scan = now + SCAN_EVERY;
-            self.scan(&mut driver, shared, now, ended);
+            self.scan(&mut driver, shared, now, outcome);
         }
         Some(events)
     }
@@ -254,50 +278,72 @@ impl<N: Nic> Rail<N> {
         &self,
         driver: &mut Driver<N>,
         shared: &Shared,
-        ended: &mut Vec<Ended>,
-        failures: &mut Vec<Failure>,
+        now: u64,
+        outcome: &mut Outcome,
     ) -> usize {
-        let Driver { nic, flights, free, finished, .. } = driver;
-        finished.clear();
-        nic.poll(finished);
-        let (mut completed, mut written, mut read) = (0, 0, 0);
-        for completion in finished.iter() {
-            let flight = match flights.get_mut(completion.slot as usize) {
-                Some(flight) if flight.state != State::Free => flight,
-                _ => {
-                    add(&self.counters.strays, 1);
-                    continue;
-                }
+        let Driver { nic, flights, free, completed, failed, .. } = driver;
+        completed.clear();
+        nic.poll(completed, failed);
+        let mut land = |slot: u32| {
+            let flight = flights.get_mut(slot as usize).filter(|it| it.state != State::Free);
+            let Some(flight) = flight else {
+                add(&self.counters.strays, 1);
+                return None;
             };
-            let group = shared.batches.group(flight.group);
-            if completion.errno == 0 {
-                completed += 1;
-                *(if flight.state == State::Write { &mut written } else { &mut read }) +=
-                    flight.length;
-            } else {
-                add(&self.counters.failed, 1);
-                group.fail(self.index, completion.errno);
-                failures.push(Failure {
-                    write: flight.state == State::Write,
-                    length: flight.length,
-                    target: flight.target,
-                    text: nic.explain(completion.errno, completion.provider_errno),
-                });
-            }
-            shared.users.leave(flight.region);
-            self.load.fetch_sub(flight.length, Ordering::Release);
-            if let Some(status) = group.subtract(flight.length) {
-                ended.push(Ended::new(flight.group, status));
-            }
-            flight.state = State::Free;
-            free.push(completion.slot);
+            free.push(slot);
+            Some(std::mem::replace(flight, Flight { state: State::Free, ..*flight }))
+        };
+        let (mut count, mut written, mut read) = (0, 0, 0);
+        for flight in completed.iter().filter_map(|&slot| land(slot)) {
+            count += 1;
+            *(if flight.state == State::Write { &mut written } else { &mut read }) += flight.length;
+            self.end(shared, flight.group, flight.length, flight.region, outcome);
         }
-        if completed > 0 {
-            add(&self.counters.completed, completed);
+        if count > 0 {
+            add(&self.counters.completed, count);
             add(&self.counters.bytes_written, written);
             add(&self.counters.bytes_read, read);
         }
-        finished.len()
+        let events = completed.len() + failed.len();
+        for (slot, cause) in failed.drain(..) {
+            let Some(flight) = land(slot) else { continue };
+            self.fail(shared, flight.group, flight.length, now, cause, outcome);
+            self.end(shared, flight.group, flight.length, flight.region, outcome);
+        }
+        events
+    }
+
+    /// An operation failed, and its group with it.
+    fn fail(
+        &self,
+        shared: &Shared,
+        group: GroupRef,
+        length: u64,
+        now: u64,
+        cause: String,
+        outcome: &mut Outcome,
+    ) {
+        add(&self.counters.failed, 1);
+        let failure = shared.failure(group, length, Some(&self.name), now, cause.into());
+        shared.batches.fail(group, Status::Failed, &failure);
+        outcome.failures.push(failure);
+    }
+
+    /// The deadline of (a part of) a group passed.
+    fn time_out(
+        &self,
+        shared: &Shared,
+        group: GroupRef,
+        length: u64,
+        now: u64,
+        cause: &'static str,
+        outcome: &mut Outcome,
+    ) {
+        let failure = shared.failure(group, length, Some(&self.name), now, cause.into());
+        // Its other parts are late too: once is enough.
+        if shared.batches.fail(group, Status::Timeout, &failure) {
+            outcome.failures.push(failure);
+        }
     }
 
     fn post(
@@ -305,8 +351,7 @@ impl<N: Nic> Rail<N> {
         driver: &mut Driver<N>,
         shared: &Shared,
         now: u64,
-        ended: &mut Vec<Ended>,
-        failures: &mut Vec<Failure>,
+        outcome: &mut Outcome,
     ) -> usize {
         let Driver { nic, flights, free, taken, hold_off, .. } = driver;
         if taken.len() < TURN {
@@ -319,12 +364,12 @@ impl<N: Nic> Rail<N> {
         while posted < TURN {
             let Some(span) = taken.front_mut() else { break };
             let group = shared.batches.group(span.group);
-            if now >= span.deadline {
-                group.condemn(Status::Timeout);
+            if now >= span.deadline && !group.is_condemned() {
+                self.time_out(shared, span.group, span.length, now, NOT_POSTED, outcome);
             }
             if group.is_condemned() {
                 let span = taken.pop_front().expect("it is the front");
-                self.give_up(shared, &span, ended);
+                self.end(shared, span.group, span.length, span.region, outcome);
                 continue;
             }
             let Some(&slot) = free.last() else {
@@ -351,7 +396,6 @@ impl<N: Nic> Rail<N> {
                         length,
                         deadline: span.deadline,
                         region: span.region,
-                        target: span.target,
                         state: if span.write { State::Write } else { State::Read },
                     };
                     if length == span.length {
@@ -370,14 +414,8 @@ impl<N: Nic> Rail<N> {
                     break;
                 }
                 Post::Failed(errno) => {
-                    add(&self.counters.failed, 1);
-                    group.fail(self.index, errno);
-                    failures.push(Failure {
-                        write: span.write,
-                        length,
-                        target: span.target,
-                        text: nic.explain(errno, 0),
-                    });
+                    // Condemned now, the span is given up in the next round.
+                    self.fail(shared, span.group, length, now, nic.explain(errno), outcome);
                 }
             }
         }
@@ -389,24 +427,24 @@ impl<N: Nic> Rail<N> {
 
     /// Ends what is past its deadline. What is queued is given up; what is in flight stays the
     /// provider's until it comes back, but its group is told now.
-    fn scan(&self, driver: &mut Driver<N>, shared: &Shared, now: u64, ended: &mut Vec<Ended>) {
+    fn scan(&self, driver: &mut Driver<N>, shared: &Shared, now: u64, outcome: &mut Outcome) {
         for flight in &mut driver.flights {
             if flight.state != State::Free && now >= flight.deadline {
                 flight.deadline = u64::MAX;
                 add(&self.counters.overdue, 1);
-                shared.batches.group(flight.group).condemn(Status::Timeout);
+                self.time_out(shared, flight.group, flight.length, now, NOT_BACK, outcome);
                 shared.batches.hold(flight.group);
-                ended.push(Ended::new(flight.group, Status::Timeout));
+                outcome.ended.push(Ended::new(flight.group, Status::Timeout));
             }
         }
         let mut keep = |span: &Span| {
             let group = shared.batches.group(span.group);
-            if now >= span.deadline {
-                group.condemn(Status::Timeout);
+            if now >= span.deadline && !group.is_condemned() {
+                self.time_out(shared, span.group, span.length, now, NOT_POSTED, outcome);
             }
             let keep = !group.is_condemned();
             if !keep {
-                self.give_up(shared, span, ended);
+                self.end(shared, span.group, span.length, span.region, outcome);
             }
             keep
         };
@@ -414,19 +452,28 @@ impl<N: Nic> Rail<N> {
         self.queue.lock().retain(&mut keep);
     }
 
-    fn give_up(&self, shared: &Shared, span: &Span, ended: &mut Vec<Ended>) {
-        shared.users.leave(span.region);
-        self.load.fetch_sub(span.length, Ordering::Release);
-        if let Some(status) = shared.batches.group(span.group).subtract(span.length) {
-            ended.push(Ended::new(span.group, status));
+    /// Bytes of a group that are done with, one way or another: their use of the region and their load
+    /// end, and with the last of them the group.
+    fn end(
+        &self,
+        shared: &Shared,
+        group: GroupRef,
+        length: u64,
+        region: u32,
+        outcome: &mut Outcome,
+    ) {
+        shared.users.leave(region);
+        self.load.fetch_sub(length, Ordering::Release);
+        if let Some(status) = shared.batches.group(group).subtract(length) {
+            outcome.ended.push(Ended::new(group, status));
         }
     }
 
     /// Gives up what is condemned without waiting for the next turn of its queue. If someone drives for
     /// longer than [`SWEEP_WAIT`], it is left to him.
-    pub fn sweep(&self, shared: &Shared, now: u64, ended: &mut Vec<Ended>) {
+    pub fn sweep(&self, shared: &Shared, now: u64, outcome: &mut Outcome) {
         if let Some(mut driver) = self.driver.try_lock_for(SWEEP_WAIT) {
-            self.scan(&mut driver, shared, now, ended);
+            self.scan(&mut driver, shared, now, outcome);
         }
     }
 

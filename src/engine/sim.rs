@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{Completion, Nic, Operation, PeerAddress, Post};
+use super::{Nic, Operation, PeerAddress, Post};
 use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
 
@@ -18,8 +18,8 @@ pub(super) struct World {
     pub local: Vec<u8>,
     /// In flight, by NIC.
     pub flying: BTreeMap<usize, Vec<Operation>>,
-    /// Ended by the test, not polled yet.
-    pub ended: BTreeMap<usize, Vec<Completion>>,
+    /// Ended by the test, not polled yet: slots and errnos.
+    pub ended: BTreeMap<usize, Vec<(u32, i32)>>,
     /// Regions by NIC.
     pub regions: BTreeSet<(usize, u32)>,
     /// Answer posts with "again".
@@ -52,8 +52,7 @@ impl World {
                 (&mut self.local[at..at + length], &mut self.remote[there..there + length]);
             if op.write { theirs.copy_from_slice(ours) } else { ours.copy_from_slice(theirs) }
         }
-        let completion = Completion { slot: op.slot, errno, provider_errno: 0 };
-        self.ended.entry(nic).or_default().push(completion);
+        self.ended.entry(nic).or_default().push((op.slot, errno));
     }
 
     pub fn end_all(&mut self) {
@@ -121,13 +120,17 @@ impl Nic for SimNic {
         Post::Done
     }
 
-    fn poll(&mut self, finished: &mut Vec<Completion>) {
-        if let Some(ended) = self.world.lock().ended.get_mut(&self.index) {
-            finished.append(ended);
+    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, String)>) {
+        let mut world = self.world.lock();
+        for (slot, errno) in world.ended.remove(&self.index).into_iter().flatten() {
+            match errno {
+                0 => completed.push(slot),
+                errno => failed.push((slot, self.explain(errno))),
+            }
         }
     }
 
-    fn explain(&self, errno: i32, _: i32) -> String {
+    fn explain(&self, errno: i32) -> String {
         format!("error {errno}")
     }
 }

@@ -1,7 +1,7 @@
 //! Peers' segments, as the engine needs them.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::nic::PeerAddress;
 use super::region::{RangeMap, RemoteRegion};
@@ -48,7 +48,7 @@ pub struct RemoteSegment {
 
 /// A [`RemoteSegment`], ready for use.
 pub(super) struct Target {
-    pub name: String,
+    pub name: Arc<str>,
     pub server: String,
     pub nics: Box<[Nic]>,
     pub regions: RangeMap<RemoteRegion>,
@@ -92,7 +92,7 @@ impl Target {
             })
             .collect();
         let peers = (0..rails * nics.len()).map(|_| AtomicU64::new(UNKNOWN)).collect();
-        Self { name, server, nics, regions, rails, peers }
+        Self { name: name.into(), server, nics, regions, rails, peers }
     }
 
     pub fn nic(&self, nic: u16) -> Result<&Nic> {

@@ -220,19 +220,22 @@ fn again_is_never_a_failure() {
 
 #[test]
 fn one_failed_piece_fails_its_task_when_the_rest_is_back() {
-    let bench = Bench::new(1, 4, 4096, true);
+    let mut bench = Bench::new(1, 4, 4096, true);
     let batch = bench.engine.allocate_batch(2).expect("batch");
     let requests = [bench.request(true, 0, 16 * 4096, 1), bench.request(true, 1 << 20, 4096, 2)];
     bench.submit(batch, &requests).expect("started");
     bench.world.lock().end(0, 0, 5);
+    bench.now = 2_000_000;
     bench.engine.progress(bench.now);
     assert_eq!(bench.status(batch), Status::Pending, "three pieces are still in flight");
+    assert_eq!(bench.engine.task_error(batch, 0).expect("task"), None, "it has not failed yet");
     assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Pending);
     bench.settle();
     assert_eq!(bench.engine.task_status(batch, 0).expect("task"), (Status::Failed, 0));
-    assert_eq!(bench.engine.task_failure(batch, 0).expect("task"), Some((0, 5)));
+    let why = bench.engine.task_error(batch, 0).expect("task").expect("it failed");
+    assert_eq!(why, "write of 4096 bytes to far:1 over sim0 failed after 2.000ms: error 5");
     assert_eq!(bench.engine.task_status(batch, 1).expect("task"), (Status::Completed, 4096));
-    assert_eq!(bench.engine.task_failure(batch, 1).expect("task"), None);
+    assert_eq!(bench.engine.task_error(batch, 1).expect("task"), None);
     assert_eq!(bench.status(batch), Status::Failed);
     assert_eq!(bench.world.lock().posted.len(), 5, "no more pieces were posted after the failure");
 }
@@ -244,6 +247,8 @@ fn a_refused_post_fails_its_task() {
     let batch = bench.engine.allocate_batch(1).expect("batch");
     bench.submit(batch, &[bench.request(true, 0, 3 * 4096, 1)]).expect("started");
     assert_eq!(bench.status(batch), Status::Failed);
+    let why = bench.engine.task_error(batch, 0).expect("task").expect("it failed");
+    assert_eq!(why, "write of 4096 bytes to far:1 over sim0 failed after 0.000ns: error 22");
     assert!(bench.engine.is_idle());
     bench.engine.free_batch(batch).expect("freed");
 }
@@ -260,6 +265,12 @@ fn a_deadline_ends_the_task_but_not_the_memory() {
     bench.now = 1_100_000_000;
     bench.engine.progress(bench.now);
     assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Timeout);
+    let why = bench.engine.task_error(batch, 0).expect("task").expect("it is late");
+    assert_eq!(
+        why,
+        "write of 4096 bytes to far:1 over sim0 failed after 1.100s: its deadline passed before \
+         all of it was posted"
+    );
     assert!(!bench.engine.is_quiet(batch).expect("batch"), "one piece is in flight");
     let busy = bench.engine.unregister(LOCAL).expect_err("its memory is in use");
     assert_eq!(busy.code, Code::Busy);
@@ -270,6 +281,28 @@ fn a_deadline_ends_the_task_but_not_the_memory() {
     bench.settle();
     bench.engine.unregister(LOCAL).expect("quiet now");
     assert_eq!(bench.seen.lock()[&1].len(), 1, "reported once");
+}
+
+#[test]
+fn a_late_task_tells_what_it_waits_for() {
+    let mut bench = Bench::new(1, 2, 4096, true);
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    let request = bench.request(false, 0, 4096, 1);
+    bench.engine.submit(batch, [request].into_iter(), 0, 1_000_000_000).expect("started");
+    bench.now = 1_100_000_000;
+    bench.engine.progress(bench.now);
+    let why = bench.engine.task_error(batch, 0).expect("task").expect("it is late");
+    assert_eq!(
+        why,
+        "read of 4096 bytes from far:1 over sim0 failed after 1.100s: its deadline passed and the \
+         provider has not given it back"
+    );
+    bench.engine.free_batch(batch).expect("freed");
+    bench.settle();
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    bench.submit(batch, &[request]).expect("started");
+    bench.settle();
+    assert_eq!(bench.engine.task_error(batch, 0).expect("task"), None, "a new life of the slot");
 }
 
 #[test]
@@ -286,6 +319,12 @@ fn a_deadline_holds_though_the_rail_is_stuck() {
     bench.engine.expire(batch, 1_300_000_000).expect("a batch");
     bench.engine.expire(batch, 1_300_000_000).expect("a batch");
     assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Timeout);
+    let why = bench.engine.task_error(batch, 0).expect("task").expect("it is late");
+    assert_eq!(
+        why,
+        "write of 8192 bytes to far:1 failed after 1.300s: its deadline passed and the provider \
+         does not return from a call"
+    );
     assert_eq!(bench.engine.task_status(batch, 1).expect("task").0, Status::Pending);
     assert!(!bench.engine.is_quiet(batch).expect("batch"));
     bench.settle();
@@ -306,6 +345,7 @@ fn cancel_ends_what_is_queued_and_waits_for_what_flies() {
     assert_eq!(bench.engine.task_status(batch, 1).expect("task").0, Status::Canceled);
     bench.settle();
     assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Canceled);
+    assert_eq!(bench.engine.task_error(batch, 0).expect("task"), None);
     assert_eq!(bench.world.lock().posted.len(), 2);
     assert!(bench.engine.is_quiet(batch).expect("batch"));
 }

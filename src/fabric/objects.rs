@@ -192,11 +192,7 @@ unsafe impl Send for Completed {}
 #[derive(Clone, Debug)]
 pub struct CompletionError {
     context: usize,
-    /// libfabric's errno, positive.
-    pub errno: i32,
-    /// The provider's own number; for `efa` the device's completion status.
-    pub provider_errno: i32,
-    /// Both in words.
+    /// libfabric's errno and the provider's (for `efa` the device's completion status), in words.
     pub text: String,
 }
 
@@ -326,8 +322,6 @@ impl CompletionQueue {
         };
         Some(CompletionError {
             context: entry.op_context as usize,
-            errno: entry.err,
-            provider_errno: entry.prov_errno,
             text: format!(
                 "{} (error {}, provider's {}: {detail})",
                 self.domain.lib().strerror(entry.err),

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::engine::{Completion, Nic, Operation, PeerAddress, Post};
+use crate::engine::{Nic, Operation, PeerAddress, Post};
 use crate::error::{Code, Error, Result};
 use crate::fabric::{
     self, AddressVector, Completed, CompletionQueue, Domain, Endpoint, EventQueue, Fabric, Info,
@@ -274,8 +274,8 @@ impl Nic for FabricNic {
         )
     }
 
-    fn poll(&mut self, finished: &mut Vec<Completion>) {
-        let mut finish = |context: Option<u32>, errno, provider_errno| {
+    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, String)>) {
+        let mut slot_of = |context: Option<u32>| {
             let slot = context.and_then(|context| {
                 let slot = context & ((1 << self.context_bits) - 1);
                 let generation = self.generations.get_mut(slot as usize)?;
@@ -285,14 +285,13 @@ impl Nic for FabricNic {
                 })
             });
             // One that belongs to no operation in flight goes up as such, to be counted.
-            let slot = slot.unwrap_or(u32::MAX);
-            finished.push(Completion { slot, errno, provider_errno });
+            slot.unwrap_or(u32::MAX)
         };
         match self.endpoint.queue().read(&mut self.completed[..]) {
             Ok(count) => {
-                for &completed in &self.completed[..count] {
-                    finish(self.endpoint.context_of(completed), 0, 0);
-                }
+                let contexts =
+                    self.completed[..count].iter().map(|&done| self.endpoint.context_of(done));
+                completed.extend(contexts.map(slot_of));
             }
             Err(None) => {
                 while let Some(error) = self.endpoint.queue().read_error() {
@@ -300,8 +299,7 @@ impl Nic for FabricNic {
                     if context.is_none() {
                         log::warn!("an error that belongs to no transfer: {}", error.text);
                     }
-                    let errno = if error.errno == 0 { libc::EIO } else { error.errno };
-                    finish(context, errno, error.provider_errno);
+                    failed.push((slot_of(context), error.text));
                 }
             }
             Err(Some(errno)) => {
@@ -318,12 +316,8 @@ impl Nic for FabricNic {
         }
     }
 
-    fn explain(&self, errno: i32, provider_errno: i32) -> String {
-        let words = self.lib.strerror(errno);
-        match provider_errno {
-            0 => format!("{words} (error {errno})"),
-            number => format!("{words} (error {errno}, provider's {number})"),
-        }
+    fn explain(&self, errno: i32) -> String {
+        format!("{} (error {errno})", self.lib.strerror(errno))
     }
 }
 

@@ -85,7 +85,6 @@ struct Shared {
     names: Vec<String>,
     /// Addresses of our endpoints, by rail.
     addresses: Vec<Box<[u8]>>,
-    lib: &'static Libfabric,
     host: Option<Box<dyn Host>>,
     /// What is registered: location and regions, by first byte.
     buffers: Mutex<BTreeMap<u64, (String, Vec<Registered>)>>,
@@ -158,7 +157,6 @@ impl Transport {
             server_name,
             names,
             addresses,
-            lib,
             host,
             buffers: Mutex::default(),
             stop: AtomicBool::new(false),
@@ -408,13 +406,10 @@ impl Transport {
         engine.batch_status(batch)
     }
 
-    /// Why a task failed, in words; `None` if it did not.
+    /// Why a task failed or timed out, in one line: operation, peer, NIC, age, and the cause as the
+    /// provider says it; `None` if it did not.
     pub fn task_error(&self, batch: BatchId, task: u32) -> Result<Option<String>> {
-        let engine = &self.shared.engine;
-        Ok(engine.task_failure(batch, task)?.map(|(rail, errno)| {
-            let why = self.shared.lib.strerror(errno);
-            format!("failed on {}: {why} (error {errno})", engine.rail_name(rail))
-        }))
+        self.shared.engine.task_error(batch, task)
     }
 
     /// Waits until every task of a batch has a final status, making progress; the batch's status.

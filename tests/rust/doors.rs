@@ -50,6 +50,7 @@ trait Door: Sync + Sized {
     fn wait(&self, batch: u64, timeout: Duration) -> Result<i32, i32>;
     fn cancel(&self, batch: u64) -> Result<(), i32>;
     fn is_quiet(&self, batch: u64) -> Result<bool, i32>;
+    fn error(&self, batch: u64, task: usize) -> String;
 
     /// One batch of moves, waited for; its status.
     fn run(&self, moves: &[Move]) -> i32 {
@@ -134,6 +135,10 @@ impl Door for Rust {
 
     fn is_quiet(&self, batch: u64) -> Result<bool, i32> {
         self.0.is_quiet(BatchId(batch)).map_err(code)
+    }
+
+    fn error(&self, batch: u64, task: usize) -> String {
+        self.0.task_error(BatchId(batch), task as u32).expect("a task").unwrap_or_default()
     }
 }
 
@@ -262,6 +267,15 @@ mod c {
             // SAFETY: a place for the result.
             check(unsafe { mefa_batch_quiet(self.0, batch, &raw mut quiet) })?;
             Ok(quiet == 1)
+        }
+
+        fn error(&self, batch: u64, task: usize) -> String {
+            let mut text = String::new();
+            let context = (&raw mut text).cast();
+            // SAFETY: `keep` takes this context.
+            check(unsafe { mefa_task_error(self.0, batch, task, Some(keep), context) })
+                .expect("a task");
+            text
         }
     }
 
@@ -581,6 +595,9 @@ fn stopped_target<D: Door>(provider: &str) {
     door.submit(late, &[one], Duration::from_millis(1)).expect("started");
     assert_eq!(door.wait(late, LIMIT), Ok(FAILED));
     assert_eq!(door.task(late, 0), Ok((TIMEOUT, 0)));
+    let why = door.error(late, 0);
+    assert!(why.starts_with("write of ") && why.contains(" to here:1 over "), "{why}");
+    assert!(why.contains("its deadline passed"), "{why}");
     let cancelled = door.allocate(1).expect("batch");
     door.submit(cancelled, &[one], LIMIT).expect("started");
     door.cancel(cancelled).expect("a batch");
@@ -652,6 +669,9 @@ fn wrong_key<D: Door>(provider: &str) {
     let batch = door.allocate(1).expect("batch");
     door.submit(batch, &[one], Duration::from_secs(5)).expect("started");
     assert_eq!(door.wait(batch, LIMIT), Ok(FAILED));
+    let why = door.error(batch, 0);
+    assert!(why.starts_with("write of 4096 bytes to here:1 over "), "{why}");
+    assert!(why.contains(" (error ") && why.contains(", provider's "), "{why}");
     target.check(0, MIB, 0);
 }
 
