@@ -29,6 +29,7 @@ use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
 use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
+use failure::FailureLog;
 pub use nic::{Nic, Operation, PeerAddress, Post};
 use plan::Plan;
 pub use rail::RailCounters;
@@ -164,6 +165,7 @@ pub struct Engine<N> {
     /// What callers registered, by first byte. Held while registrations change.
     buffers: Mutex<BTreeMap<u64, BufferRecord>>,
     seal: Seal,
+    failures: FailureLog,
     observer: Option<Observer>,
     settings: Settings,
     /// Where the next submission starts looking for a rail, so that equals take turns.
@@ -207,6 +209,7 @@ impl<N: Nic> Engine<N> {
             locals: ArcSwap::default(),
             buffers: Mutex::default(),
             seal,
+            failures: FailureLog::default(),
             observer,
             settings,
             rotation: AtomicUsize::new(0),
@@ -690,7 +693,7 @@ impl<N: Nic> Engine<N> {
             }
             rail.push(spans, bytes);
         }
-        self.publish(&mut events);
+        self.publish(&mut events, now);
         EVENTS.replace(events);
     }
 
@@ -738,7 +741,7 @@ impl<N: Nic> Engine<N> {
         for rail in &self.rails {
             rail.sweep(&self.shared, now, &mut events.outcome);
         }
-        self.publish(&mut events);
+        self.publish(&mut events, now);
         EVENTS.replace(events);
     }
 
@@ -778,7 +781,7 @@ impl<N: Nic> Engine<N> {
             }
             ended.push(late);
         }
-        self.publish(&mut events);
+        self.publish(&mut events, now);
         EVENTS.replace(events);
         Ok(())
     }
@@ -792,15 +795,16 @@ impl<N: Nic> Engine<N> {
     fn drive(&self, rail: &Rail<N>, now: u64) -> Option<usize> {
         let mut events = EVENTS.take();
         let count = rail.drive(&self.shared, now, &mut events.outcome);
-        self.publish(&mut events);
+        self.failures.flush(now);
+        self.publish(&mut events, now);
         EVENTS.replace(events);
         count
     }
 
     /// Logs what failed, tells the observer of what ended, then makes it visible.
-    fn publish(&self, events: &mut Events) {
+    fn publish(&self, events: &mut Events, now: u64) {
         let Events { outcome: Outcome { ended: all, failures }, finished } = events;
-        failures.drain(..).for_each(|failure| log::error!("{failure}"));
+        failures.drain(..).for_each(|failure| self.failures.add(&failure, now));
         if all.is_empty() {
             return;
         }

@@ -240,6 +240,49 @@ fn one_failed_piece_fails_its_task_when_the_rest_is_back() {
     assert_eq!(bench.world.lock().posted.len(), 5, "no more pieces were posted after the failure");
 }
 
+thread_local! {
+    /// What this thread logged: other tests log too.
+    static LINES: RefCell<Vec<String>> = RefCell::default();
+}
+
+struct Logger;
+
+impl log::Log for Logger {
+    fn enabled(&self, _: &log::Metadata) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record) {
+        LINES.with_borrow_mut(|lines| lines.push(record.args().to_string()));
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn a_flood_of_failures_is_counted_not_logged() {
+    log::set_logger(&Logger).expect("the only logger of these tests");
+    log::set_max_level(log::LevelFilter::Error);
+    let mut bench = Bench::new(1, 4, 4096, false);
+    bench.world.lock().refuse = Some(22);
+    let batch = bench.engine.allocate_batch(100).expect("batch");
+    let requests: Vec<_> = (0..100).map(|i| bench.request(true, i * 8192, 4096, i)).collect();
+    bench.submit(batch, &requests).expect("started");
+    bench.settle();
+    assert!(bench.engine.task_error(batch, 99).expect("task").is_some(), "each has its reason");
+    bench.now = 999_000_000;
+    bench.engine.poll(0, bench.now);
+    assert_eq!(LINES.with_borrow(Vec::len), 10);
+    bench.now = 1_000_000_000;
+    bench.engine.poll(0, bench.now);
+    bench.engine.poll(0, bench.now);
+    assert_eq!(LINES.with_borrow(|lines| lines[10..].to_vec()), ["and 90 more failures like it"]);
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    bench.submit(batch, &requests[..1]).expect("started");
+    bench.settle();
+    assert_eq!(LINES.with_borrow(Vec::len), 12, "another second, another line");
+}
+
 #[test]
 fn a_refused_post_fails_its_task() {
     let bench = Bench::new(1, 4, 4096, true);
