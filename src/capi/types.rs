@@ -219,7 +219,8 @@ pub type mefa_segment_fn =
 /// Told of tasks that got their final status, before mefa_task_status and mefa_batch_status show it.
 /// Called on whatever thread made the progress (a poller of ours, or one inside mefa_submit, mefa_wait,
 /// mefa_task_status, mefa_batch_status, mefa_cancel, mefa_batch_quiet or mefa_uninstall), possibly on
-/// several at once. It may call mefa_submit; it must not block, uninstall, or throw.
+/// several at once. It may call mefa_submit; it must not block, uninstall, or throw. It is not called inside
+/// itself: tasks that end by its own calls get their status, and are told of, when it has returned.
 pub type mefa_completion_fn = Option<
     unsafe extern "C" fn(context: *mut c_void, completions: *const mefa_completion, count: usize),
 >;

@@ -75,7 +75,7 @@ impl GroupRef {
 
 /// A group whose status is to be published: it ended, or its deadline passed. Carries one hold of
 /// the batch, which [`Batches::finish`] gives up.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Ended {
     pub group: GroupRef,
     pub status: Status,

@@ -69,7 +69,8 @@ pub struct Finished {
 }
 
 /// Called with tasks that got their final status, before the status can be seen. Called by whatever
-/// thread made the progress, under no lock of the engine; it may submit, and must not block.
+/// thread made the progress, under no lock of the engine; it may submit, and must not block. It is not
+/// called inside itself: what ends by its own calls is told when it has returned.
 pub type Observer = Box<dyn Fn(&[Finished]) + Send + Sync>;
 
 /// Settings of an engine.
@@ -190,6 +191,26 @@ struct Events {
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
     static EVENTS: RefCell<Events> = RefCell::default();
+    static DELIVERY: RefCell<Delivery> = RefCell::default();
+}
+
+/// What this thread is telling observers. An observer may submit, and what ends by that waits here until
+/// it returns, instead of the observer being called again inside itself, deeper and deeper.
+#[derive(Default)]
+struct Delivery {
+    /// Seals of the engines whose observer is being called, in the order of the calls.
+    callers: Vec<Seal>,
+    /// What ended meanwhile, and in which engine.
+    waiting: Vec<(Seal, Ended)>,
+}
+
+/// Takes the last caller off the list, also if the observer panics.
+struct Calling;
+
+impl Drop for Calling {
+    fn drop(&mut self) {
+        DELIVERY.with_borrow_mut(|delivery| delivery.callers.pop());
+    }
 }
 
 impl<N: Nic> Engine<N> {
@@ -808,21 +829,43 @@ impl<N: Nic> Engine<N> {
         if all.is_empty() {
             return;
         }
+        let nested = DELIVERY.with_borrow_mut(|delivery| {
+            let nested = delivery.callers.contains(&self.seal);
+            if nested {
+                delivery.waiting.extend(all.drain(..).map(|ended| (self.seal, ended)));
+            } else {
+                delivery.callers.push(self.seal);
+            }
+            nested
+        });
+        if nested {
+            return;
+        }
+        let _calling = Calling;
         let batches = &self.shared.batches;
-        for ended in all.iter_mut() {
-            let observed = self.observer.is_some();
-            ended.claimed = batches.claim(ended, |cookie, bytes, status| {
-                if observed {
-                    finished.push(Finished { cookie, bytes, status });
-                }
+        while !all.is_empty() {
+            for ended in all.iter_mut() {
+                let observed = self.observer.is_some();
+                ended.claimed = batches.claim(ended, |cookie, bytes, status| {
+                    if observed {
+                        finished.push(Finished { cookie, bytes, status });
+                    }
+                });
+            }
+            if let Some(observer) = self.observer.as_ref().filter(|_| !finished.is_empty()) {
+                observer(finished);
+                finished.clear();
+            }
+            for ended in all.drain(..) {
+                batches.finish(ended);
+            }
+            DELIVERY.with_borrow_mut(|delivery| {
+                delivery.waiting.retain(|(seal, ended)| {
+                    let ours = *seal == self.seal;
+                    all.extend(ours.then_some(*ended));
+                    !ours
+                });
             });
-        }
-        if let Some(observer) = self.observer.as_ref().filter(|_| !finished.is_empty()) {
-            observer(finished);
-            finished.clear();
-        }
-        for ended in all.drain(..) {
-            batches.finish(ended);
         }
     }
 }

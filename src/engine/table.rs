@@ -122,7 +122,7 @@ impl<T> Table<T> {
 /// Makes the numbers that callers see of places in one engine's tables, and the other way round. Every
 /// engine has a seal of its own, so that a number of another one names a place that is not in use: that
 /// the 32 bits of the generation fit by chance too is as good as impossible.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Seal(u64);
 
 impl Seal {

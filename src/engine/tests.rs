@@ -1,7 +1,8 @@
 //! The engine on a simulated NIC, in virtual time.
 
+use std::cell::Cell;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use proptest::prelude::*;
@@ -454,6 +455,45 @@ fn registration_is_all_or_nothing() {
     bench.engine.unregister(1 << 40).expect("unregistered");
     bench.engine.unregister(2 << 40).expect("unregistered");
     assert_eq!(bench.world.lock().regions, before);
+}
+
+#[test]
+fn an_observer_that_submits_is_not_called_inside_itself() {
+    const COUNT: u64 = 100_000;
+    static ENGINE: OnceLock<(Engine<SimNic>, BatchId)> = OnceLock::new();
+    static TARGET: OnceLock<TargetId> = OnceLock::new();
+    thread_local! {
+        static INSIDE: Cell<bool> = const { Cell::new(false) };
+    }
+    let request = |cookie: u64| Request {
+        write: true,
+        local: LOCAL,
+        target: *TARGET.get().expect("opened"),
+        remote: REMOTE,
+        length: 0,
+        cookie,
+    };
+    let observer: Observer = Box::new(move |finished| {
+        assert!(!INSIDE.replace(true), "called inside itself");
+        let (engine, batch) = ENGINE.get().expect("made");
+        for task in finished {
+            let (status, _) = engine.task_status(*batch, task.cookie as u32).expect("a task");
+            assert_eq!(status, Status::Pending, "told before it can be seen");
+            if task.cookie + 1 < COUNT {
+                let next = [request(task.cookie + 1)].into_iter();
+                engine.submit(*batch, next, 0, FOREVER).expect("started");
+            }
+        }
+        INSIDE.set(false);
+    });
+    let nic = SimNic { index: 0, depth: 1, world: Arc::default() };
+    let settings = Settings { slice: 4096, merge: true, round_robin: false, registering: 1 };
+    let engine = Engine::new(vec![("sim0".into(), nic)], settings, Some(observer));
+    TARGET.set(engine.add_target(remote_segment(1)).expect("target")).expect("set once");
+    let batch = engine.allocate_batch(COUNT as u32).expect("batch");
+    let (engine, batch) = ENGINE.get_or_init(|| (engine, batch));
+    engine.submit(*batch, [request(0)].into_iter(), 0, FOREVER).expect("started");
+    assert_eq!(engine.batch_status(*batch).expect("batch"), (Status::Completed, COUNT as u32));
 }
 
 #[test]
