@@ -217,7 +217,8 @@ impl<N: Nic> Engine<N> {
     /// An engine over these NICs, by name. At least one.
     pub fn new(nics: Vec<(String, N)>, settings: Settings, observer: Option<Observer>) -> Self {
         let virtual_addresses = nics.iter().all(|(_, nic)| nic.virtual_addresses());
-        let rails = nics.into_iter().map(|(name, nic)| Rail::new(name, nic));
+        let rails =
+            nics.into_iter().enumerate().map(|(index, (name, nic))| Rail::new(name, index, nic));
         let seal = Seal::new();
         Self {
             rails: rails.collect(),
@@ -505,8 +506,7 @@ impl<N: Nic> Engine<N> {
     /// Tells the endpoint address of a peer's NIC, as a handshake brought it.
     pub fn set_address(&self, id: TargetId, nic: u16, address: &[u8]) -> Result<()> {
         let target = self.target(id)?;
-        // The first address stays: an operation may be using it.
-        let _ = target.nic(nic)?.address.set(address.into());
+        target.nic(nic)?.address.store(Some(Arc::new(address.into())));
         Ok(())
     }
 
@@ -541,10 +541,10 @@ impl<N: Nic> Engine<N> {
             return Ok(peer);
         }
         let remote = target.nic(nic)?;
-        let Some(address) = remote.address.get() else {
+        let Some(address) = remote.address.load_full() else {
             return Err(Refusal::NeedsHandshake { rail, nic, target: id });
         };
-        let connected = self.rails[rail].with_nic(|own| own.connect(address));
+        let connected = self.rails[rail].with_nic(|own| own.connect(&address));
         let peer = connected.map_err(|error| {
             let rail = &self.rails[rail].name;
             error.context(format!("connecting {rail} to {} of {}", remote.name, target.name))

@@ -62,6 +62,7 @@ pub(super) struct Span {
 struct Flight {
     group: GroupRef,
     length: u64,
+    peer: PeerAddress,
     deadline: u64,
     region: u32,
     state: State,
@@ -84,6 +85,11 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    /// The target of a group, which must be held; `None` if it is closed.
+    fn target(&self, group: GroupRef) -> Option<Arc<Target>> {
+        self.targets.at(self.batches.group(group).aim().target)?.load_full()
+    }
+
     /// A failure of (a part of) a group, which must be held.
     pub fn failure(
         &self,
@@ -93,13 +99,12 @@ impl Shared {
         now: u64,
         cause: Cow<'static, str>,
     ) -> Failure {
+        let peer = self.target(group);
         let group = self.batches.group(group);
-        let aim = group.aim();
-        let target = self.targets.at(aim.target).and_then(ArcSwapOption::load_full);
         Failure {
-            write: aim.write,
+            write: group.aim().write,
             length,
-            peer: target.map(|target| target.name.clone()),
+            peer: peer.map(|target| target.name.clone()),
             nic: nic.cloned(),
             age: group.age(now),
             cause,
@@ -159,6 +164,7 @@ pub(super) struct Outcome {
 
 pub(super) struct Rail<N> {
     pub name: Arc<str>,
+    index: usize,
     /// Bytes queued or in flight: the load by which rails are chosen, and "is there work".
     load: CachePadded<AtomicU64>,
     queue: CachePadded<Mutex<VecDeque<Span>>>,
@@ -182,11 +188,12 @@ struct Driver<N> {
 }
 
 impl<N: Nic> Rail<N> {
-    pub fn new(name: String, nic: N) -> Self {
+    pub fn new(name: String, index: usize, nic: N) -> Self {
         let depth = nic.depth();
         let idle = Flight {
             group: GroupRef::default(),
             length: 0,
+            peer: PeerAddress(0),
             deadline: 0,
             region: 0,
             state: State::Free,
@@ -204,6 +211,7 @@ impl<N: Nic> Rail<N> {
         };
         Self {
             name: name.into(),
+            index,
             load: CachePadded::default(),
             queue: CachePadded::new(Mutex::new(VecDeque::with_capacity(1024))),
             driver: CachePadded::new(Mutex::new(driver)),
@@ -308,6 +316,7 @@ impl<N: Nic> Rail<N> {
         for (slot, cause) in failed.drain(..) {
             let Some(flight) = land(slot) else { continue };
             self.fail(shared, flight.group, flight.length, now, cause, outcome);
+            self.forget(shared, flight.group, flight.peer);
             self.end(shared, flight.group, flight.length, flight.region, outcome);
         }
         events
@@ -327,6 +336,13 @@ impl<N: Nic> Rail<N> {
         let failure = shared.failure(group, length, Some(&self.name), now, cause.into());
         shared.batches.fail(group, Status::Failed, &failure);
         outcome.failures.push(failure);
+    }
+
+    /// See [`Target::forget`].
+    fn forget(&self, shared: &Shared, group: GroupRef, peer: PeerAddress) {
+        if let Some(target) = shared.target(group) {
+            target.forget(self.index, peer);
+        }
     }
 
     /// The deadline of (a part of) a group passed.
@@ -394,6 +410,7 @@ impl<N: Nic> Rail<N> {
                     flights[slot as usize] = Flight {
                         group: span.group,
                         length,
+                        peer: span.peer,
                         deadline: span.deadline,
                         region: span.region,
                         state: if span.write { State::Write } else { State::Read },
@@ -416,6 +433,7 @@ impl<N: Nic> Rail<N> {
                 Post::Failed(errno) => {
                     // Condemned now, the span is given up in the next round.
                     self.fail(shared, span.group, length, now, nic.explain(errno), outcome);
+                    self.forget(shared, span.group, span.peer);
                 }
             }
         }

@@ -1,7 +1,9 @@
 //! Peers' segments, as the engine needs them.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+
+use arc_swap::ArcSwapOption;
 
 use super::nic::PeerAddress;
 use super::region::{RangeMap, RemoteRegion};
@@ -59,8 +61,10 @@ pub(super) struct Target {
 
 pub(super) struct Nic {
     pub name: String,
-    /// Set once: from the descriptor, or by a handshake.
-    pub address: OnceLock<Box<[u8]>>,
+    /// From the descriptor, or by a handshake.
+    pub address: ArcSwapOption<Box<[u8]>>,
+    /// The descriptor did not give it.
+    by_handshake: bool,
 }
 
 const UNKNOWN: u64 = u64::MAX;
@@ -88,7 +92,8 @@ impl Target {
             .into_iter()
             .map(|nic| Nic {
                 name: nic.name,
-                address: nic.address.map(OnceLock::from).unwrap_or_default(),
+                by_handshake: nic.address.is_none(),
+                address: ArcSwapOption::new(nic.address.map(Arc::new)),
             })
             .collect();
         let peers = (0..rails * nics.len()).map(|_| AtomicU64::new(UNKNOWN)).collect();
@@ -113,9 +118,25 @@ impl Target {
         self.slot(rail, nic).store(peer.0, Ordering::Release);
     }
 
+    /// An operation of rail `rail` to `peer` failed. If a handshake told the address, the peer may have been
+    /// restarted and have another one now: it is forgotten, so that the next submission asks again.
+    pub fn forget(&self, rail: usize, peer: PeerAddress) {
+        for nic in 0..self.nics.len() as u16 {
+            let own = &self.nics[usize::from(nic)];
+            // Not if it was forgotten, and maybe told anew, since the operation was submitted.
+            if own.by_handshake && self.peer(rail, nic) == Some(peer) {
+                own.address.store(None);
+                for rail in 0..self.rails {
+                    self.slot(rail, nic).store(UNKNOWN, Ordering::Release);
+                }
+            }
+        }
+    }
+
     /// Takes over the handshakes done for an older descriptor of the same peer, where this one still
-    /// names the same NIC without an address. Not if no region is as it was: then the peer was
-    /// restarted, and its endpoints are others.
+    /// names the same NIC without an address. Not if no region is as it was: then the peer was most
+    /// likely restarted, and its endpoints are others. Where it was and a region is by chance the same,
+    /// the first failure sets it right: [`Self::forget`].
     pub fn inherit(&self, older: &Self) {
         let same = |old: &RemoteRegion| self.regions.find(old.start, &mut 0) == Some(old);
         if older.regions.iter().next().is_some() && !older.regions.iter().any(same) {
@@ -123,10 +144,8 @@ impl Target {
         }
         for nic in &self.nics {
             let same = older.nics.iter().find(|old| old.name == nic.name);
-            if let (None, Some(address)) =
-                (nic.address.get(), same.and_then(|old| old.address.get()))
-            {
-                let _ = nic.address.set(address.clone());
+            if let Some(old) = same.filter(|_| nic.by_handshake) {
+                nic.address.store(old.address.load_full());
             }
         }
     }

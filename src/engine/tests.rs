@@ -530,6 +530,45 @@ fn a_peer_without_an_address_needs_a_handshake() {
     assert!(bench.engine.remove_target(target).is_err());
 }
 
+#[test]
+fn a_failure_ends_what_a_handshake_told() {
+    let bench = Bench::new(1, 8, 1 << 20, true);
+    let mut segment = remote_segment(1);
+    segment.nics[0].address = None;
+    let target = bench.engine.add_target(segment.clone()).expect("target");
+    // Submits one request; if that needs a handshake, `address` is what it tells. Whether it did.
+    let submit = |address: u8| {
+        let batch = bench.engine.allocate_batch(1).expect("batch");
+        let request = [Request { target, ..bench.request(true, 0, 4096, 0) }];
+        if bench.submit(batch, &request).is_ok() {
+            return false;
+        }
+        bench.engine.set_address(target, 0, &[address]).expect("a NIC");
+        bench.submit(batch, &request).expect("started");
+        true
+    };
+    let fail = || {
+        bench.world.lock().end(0, 0, 5); // the oldest; the newest takes its place
+        bench.engine.progress(bench.now);
+    };
+    assert!(submit(7), "the first time");
+    assert!(!submit(7), "it is known");
+    fail();
+    assert!(submit(8), "forgotten: the peer may have been restarted");
+    fail(); // the other one to the old address
+    assert!(!submit(9), "the new address is not blamed for the old");
+    fail();
+    assert!(submit(9));
+    bench.settle();
+    // An address from the descriptor stays: there is nobody to ask.
+    segment.nics[0].address = Some(Box::new([1]));
+    bench.engine.update_target(target, segment).expect("updated");
+    assert!(!submit(10));
+    fail();
+    assert!(!submit(10));
+    bench.settle();
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Submit { count: u8, length: u32, merge_next: bool },
