@@ -387,6 +387,38 @@ typedef void (*mefa_segment_fn)(void *context, const struct mefa_segment_desc *s
 typedef uint64_t mefa_segment;
 
 /**
+ * The fields of a handshake: what two NICs tell each other of where they are. NULL is "".
+ */
+typedef struct mefa_handshake {
+    /**
+     * sizeof(mefa_handshake).
+     */
+    size_t size;
+    /**
+     * `host:port@nic` of the sender.
+     */
+    const char *local_nic_path;
+    /**
+     * `host:port@nic` of the receiver.
+     */
+    const char *peer_nic_path;
+    /**
+     * The sender's endpoint address in hexadecimal digits; "" in a refusal.
+     */
+    const char *efa_addr;
+    /**
+     * Why the receiver refuses; "" in a request and on success.
+     */
+    const char *reply_msg;
+} mefa_handshake;
+
+/**
+ * Receives a handshake's fields. Called once, before the function that takes it returns, on the same
+ * thread; they are gone afterwards.
+ */
+typedef void (*mefa_handshake_fields_fn)(void *context, const struct mefa_handshake *handshake);
+
+/**
  * A batch of transfer requests. An opaque number, never 0, for the transport that gave it: every
  * function refuses it with another one (MEFA_CODE_INVALID_ARGUMENT).
  */
@@ -701,6 +733,25 @@ int mefa_handshake_answer(mefa_transport transport,
                           void *context);
 
 /**
+ * Reads a handshake (JSON, Mooncake's format), for a host whose metadata has the fields apart. Any
+ * thread.
+ *
+ * Errors: MEFA_CODE_MALFORMED_JSON.
+ *
+ * # Safety
+ * `json` must be a string; `handshake` must be callable with `context`.
+ */
+int mefa_handshake_parse(const char *json, mefa_handshake_fields_fn handshake, void *context);
+
+/**
+ * The other way round: a handshake as JSON. Any thread.
+ *
+ * # Safety
+ * `handshake` and its strings must be valid; `text` must be callable with `context`.
+ */
+int mefa_handshake_format(const struct mefa_handshake *handshake, mefa_text_fn text, void *context);
+
+/**
  * A new batch for up to `capacity` requests, 1 to 1048576. Free it with mefa_batch_free. Any thread.
  *
  * # Safety
@@ -719,7 +770,8 @@ int mefa_batch_free(mefa_transport transport, mefa_batch batch);
 
 /**
  * Adds requests to a batch and starts them, all or none. Their tasks are numbered on from those
- * already in the batch. They end by `timeout_ns` nanoseconds from now (0: MC_SLICE_TIMEOUT). Any thread,
+ * already in the batch; with `batch` 0 they belong to none, and only on_completion is told of their
+ * end. They end by `timeout_ns` nanoseconds from now (0: MC_SLICE_TIMEOUT). Any thread,
  * also several on one batch. Does not wait for transfers; may wait for a handshake with a new peer.
  *
  * Errors, with nothing started: MEFA_CODE_INVALID_ARGUMENT (unknown batch or segment, bad opcode or
@@ -735,6 +787,12 @@ int mefa_submit(mefa_transport transport,
                 const struct mefa_request *requests,
                 size_t count,
                 uint64_t timeout_ns);
+
+/**
+ * Makes progress, for a caller who waits for on_completion: completions that are there now are told of
+ * before it returns. Without it they come from the pollers, a little later. Any thread.
+ */
+int mefa_progress(mefa_transport transport);
 
 /**
  * Status of task number `task` of a batch. Makes progress if it is pending, so polling it is enough.

@@ -44,6 +44,16 @@ impl Topology {
         Self { entries: BTreeMap::from([("cpu:0".to_owned(), entry)]) }
     }
 
+    /// Without the NICs that are not among `names`: C++ peers take a NIC's place in a topology for its
+    /// place in the descriptor.
+    pub fn only(mut self, names: &[String]) -> Self {
+        for entry in self.entries.values_mut() {
+            entry.preferred.retain(|name| names.contains(name));
+            entry.available.retain(|name| names.contains(name));
+        }
+        self
+    }
+
     /// Reads `{"cpu:0": [[preferred...], [available...]], ...}`.
     pub fn from_json(text: &str) -> Result<Self> {
         let topology: Self = parse("topology", text, MAX_TEXT)?;

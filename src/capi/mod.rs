@@ -17,7 +17,7 @@ use crate::config::Config;
 use crate::engine::{BatchId, Finished, Request, Table, TargetId};
 use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
-use crate::segment::{Buffer, Device, Segment};
+use crate::segment::{Buffer, Device, Handshake, Segment};
 use crate::topology::Topology;
 use crate::transport::{Host, Options, Transport};
 use boundary::{
@@ -657,6 +657,71 @@ pub unsafe extern "C" fn mefa_handshake_answer(
     })
 }
 
+/// Reads a handshake (JSON, Mooncake's format), for a host whose metadata has the fields apart. Any
+/// thread.
+///
+/// Errors: MEFA_CODE_MALFORMED_JSON.
+///
+/// # Safety
+/// `json` must be a string; `handshake` must be callable with `context`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mefa_handshake_parse(
+    json: *const c_char,
+    handshake: mefa_handshake_fields_fn,
+    context: *mut c_void,
+) -> c_int {
+    boundary(|| {
+        let sink = handshake.ok_or_else(|| Error::invalid("the handshake function is NULL"))?;
+        // SAFETY: the caller's promise.
+        let message = Handshake::from_json(unsafe { string(json, "json")? })?;
+        let text = |field: String| {
+            CString::new(field).map_err(|_| Error::invalid("a handshake with a NUL byte"))
+        };
+        let local_nic_path = text(message.local_nic_path)?;
+        let peer_nic_path = text(message.peer_nic_path)?;
+        let efa_addr = text(message.efa_addr)?;
+        let reply_msg = text(message.reply_msg)?;
+        let fields = mefa_handshake {
+            size: size_of::<mefa_handshake>(),
+            local_nic_path: local_nic_path.as_ptr(),
+            peer_nic_path: peer_nic_path.as_ptr(),
+            efa_addr: efa_addr.as_ptr(),
+            reply_msg: reply_msg.as_ptr(),
+        };
+        // SAFETY: the caller's function; all texts live until it returns.
+        unsafe { sink(context, &raw const fields) };
+        Ok(())
+    })
+}
+
+/// The other way round: a handshake as JSON. Any thread.
+///
+/// # Safety
+/// `handshake` and its strings must be valid; `text` must be callable with `context`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mefa_handshake_format(
+    handshake: *const mefa_handshake,
+    text: mefa_text_fn,
+    context: *mut c_void,
+) -> c_int {
+    boundary(|| {
+        // SAFETY: the caller's promise.
+        let fields = unsafe { sized(handshake, size_of::<mefa_handshake>(), "handshake")? };
+        let field = |text, name| {
+            // SAFETY: the caller's promise.
+            Ok(unsafe { optional_string(text, name)? }.unwrap_or_default().to_owned())
+        };
+        let message = Handshake {
+            local_nic_path: field(fields.local_nic_path, "local_nic_path")?,
+            peer_nic_path: field(fields.peer_nic_path, "peer_nic_path")?,
+            efa_addr: field(fields.efa_addr, "efa_addr")?,
+            reply_msg: field(fields.reply_msg, "reply_msg")?,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { give_text(text, context, message.to_json()) }
+    })
+}
+
 // ---- transfers --------------------------------------------------------------------------------
 
 /// A new batch for up to `capacity` requests, 1 to 1048576. Free it with mefa_batch_free. Any thread.
@@ -687,7 +752,8 @@ pub extern "C" fn mefa_batch_free(transport: mefa_transport, batch: mefa_batch) 
 }
 
 /// Adds requests to a batch and starts them, all or none. Their tasks are numbered on from those
-/// already in the batch. They end by `timeout_ns` nanoseconds from now (0: MC_SLICE_TIMEOUT). Any thread,
+/// already in the batch; with `batch` 0 they belong to none, and only on_completion is told of their
+/// end. They end by `timeout_ns` nanoseconds from now (0: MC_SLICE_TIMEOUT). Any thread,
 /// also several on one batch. Does not wait for transfers; may wait for a handshake with a new peer.
 ///
 /// Errors, with nothing started: MEFA_CODE_INVALID_ARGUMENT (unknown batch or segment, bad opcode or
@@ -725,7 +791,22 @@ pub unsafe extern "C" fn mefa_submit(
             cookie: request.cookie,
         });
         let timeout = (timeout_ns > 0).then(|| Duration::from_nanos(timeout_ns));
-        with(transport, |transport| transport.submit(BatchId(batch), requests, timeout)).map(drop)
+        with(transport, |transport| match batch {
+            0 => transport.submit_detached(requests, timeout),
+            _ => transport.submit(BatchId(batch), requests, timeout).map(drop),
+        })
+    })
+}
+
+/// Makes progress, for a caller who waits for on_completion: completions that are there now are told of
+/// before it returns. Without it they come from the pollers, a little later. Any thread.
+#[unsafe(no_mangle)]
+pub extern "C" fn mefa_progress(transport: mefa_transport) -> c_int {
+    boundary(|| {
+        with(transport, |transport| {
+            transport.progress();
+            Ok(())
+        })
     })
 }
 

@@ -237,6 +237,26 @@ pub type mefa_fetch_segment_fn = Option<
     ) -> c_int,
 >;
 
+/// The fields of a handshake: what two NICs tell each other of where they are. NULL is "".
+#[repr(C)]
+pub struct mefa_handshake {
+    /// sizeof(mefa_handshake).
+    pub size: usize,
+    /// `host:port@nic` of the sender.
+    pub local_nic_path: *const c_char,
+    /// `host:port@nic` of the receiver.
+    pub peer_nic_path: *const c_char,
+    /// The sender's endpoint address in hexadecimal digits; "" in a refusal.
+    pub efa_addr: *const c_char,
+    /// Why the receiver refuses; "" in a request and on success.
+    pub reply_msg: *const c_char,
+}
+
+/// Receives a handshake's fields. Called once, before the function that takes it returns, on the same
+/// thread; they are gone afterwards.
+pub type mefa_handshake_fields_fn =
+    Option<unsafe extern "C" fn(context: *mut c_void, handshake: *const mefa_handshake)>;
+
 /// Asks the host to send a handshake (JSON) to the server of a segment: call `text` with the answer and
 /// return 0, or return an error. Called inside mefa_submit and mefa_segment_warm_up, for peers whose
 /// descriptor has no endpoint addresses (C++ ones); may block; must not call back into the transport.

@@ -206,12 +206,9 @@ impl Batches {
         let table = self.classes.get(class as usize).ok_or_else(unknown)?;
         let index = slot & ((1 << INDEX_BITS) - 1);
         let batch = table.get(index, generation).ok_or_else(unknown)?;
-        batch
-            .holds
-            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |holds| {
-                (holds > 0).then_some(holds + 1)
-            })
-            .map_err(|_| unknown())?;
+        if !batch.hold_if_used() {
+            return Err(unknown());
+        }
         let pin = Pin { all: self, slot, generation, batch };
         // It may have been freed between the look-up and the hold.
         if table.get(index, generation).is_none() {
@@ -235,6 +232,29 @@ impl Batches {
             self.release(pin.slot, pin.batch); // the caller's hold
         }
         Ok(())
+    }
+
+    /// Gives up a batch's number now, and the batch when its last group ends.
+    pub fn detach(&self, id: BatchId) {
+        let (slot, generation) = self.seal.place(id.0);
+        let (class, index) = (slot >> INDEX_BITS, slot & ((1 << INDEX_BITS) - 1));
+        if self.classes[class as usize].retire(index, generation) {
+            self.release(slot, self.at(slot));
+        }
+    }
+
+    /// [`Pin::overdue`] of every batch.
+    pub fn overdue(&self, now: u64, mut each: impl FnMut(Ended)) {
+        for (class, table) in (0_u32..).zip(&self.classes) {
+            for (index, batch) in (0_u32..).zip(table.iter()) {
+                let late = now >= batch.earliest.load(Ordering::Acquire).saturating_add(OVERDUE);
+                if late && batch.hold_if_used() {
+                    let pin =
+                        Pin { all: self, slot: class << INDEX_BITS | index, generation: 0, batch };
+                    pin.overdue(now).for_each(&mut each);
+                }
+            }
+        }
     }
 
     fn release(&self, slot: u32, batch: &Batch) {
@@ -446,6 +466,12 @@ impl Pin<'_> {
 }
 
 impl Batch {
+    /// One more hold, unless nobody has any.
+    fn hold_if_used(&self) -> bool {
+        let more = |holds| (holds > 0).then_some(holds + 1);
+        self.holds.fetch_update(Ordering::AcqRel, Ordering::Relaxed, more).is_ok()
+    }
+
     fn tasks(&self) -> &[Task] {
         self.tasks.get().map_or(&[], |tasks| tasks)
     }

@@ -590,6 +590,26 @@ impl<N: Nic> Engine<N> {
         result
     }
 
+    /// As [`Self::submit`], for a caller who only wants to be told by the [`Observer`]: there is no
+    /// batch to ask or to free.
+    pub fn submit_detached(
+        &self,
+        requests: impl ExactSizeIterator<Item = Request>,
+        now: u64,
+        deadline: u64,
+    ) -> Result<(), Refusal> {
+        let Some(capacity) = u32::try_from(requests.len()).ok().filter(|&count| count > 0) else {
+            return match requests.len() {
+                0 => Ok(()),
+                _ => Err(Error::new(Code::TooManyRequests, "more than any batch holds").into()),
+            };
+        };
+        let batch = self.shared.batches.allocate(capacity)?;
+        let result = self.submit(batch, requests, now, deadline);
+        self.shared.batches.detach(batch);
+        result.map(drop)
+    }
+
     fn submit_with(
         &self,
         scratch: &mut Scratch,
@@ -792,19 +812,28 @@ impl<N: Nic> Engine<N> {
     /// Ends a batch's requests whose deadline passed, though their rail may be stuck in the provider.
     pub fn expire(&self, batch: BatchId, now: u64) -> Result<()> {
         let pin = self.shared.batches.pin(batch)?;
+        self.time_out(now, |each| pin.overdue(now).for_each(each));
+        Ok(())
+    }
+
+    /// [`Self::expire`] for every batch, also those that nobody has a number of.
+    pub fn expire_all(&self, now: u64) {
+        self.time_out(now, |each| self.shared.batches.overdue(now, each));
+    }
+
+    fn time_out(&self, now: u64, overdue: impl FnOnce(&mut dyn FnMut(Ended))) {
         let mut events = EVENTS.take();
         let Outcome { ended, failures } = &mut events.outcome;
-        for late in pin.overdue(now) {
+        overdue(&mut |late| {
             let length = self.shared.batches.group(late.group).remaining();
             let failure = self.shared.failure(late.group, length, None, now, STUCK.into());
             if self.shared.batches.fail(late.group, Status::Timeout, &failure) {
                 failures.push(failure);
             }
             ended.push(late);
-        }
+        });
         self.publish(&mut events, now);
         EVENTS.replace(events);
-        Ok(())
     }
 
     /// Makes progress on one rail, whether or not it has work: peers may need its answers. `None` if

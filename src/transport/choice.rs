@@ -56,6 +56,14 @@ pub(super) fn choose(
         // ours.
         wanted = topology.devices().iter().filter_map(|name| find(name)).collect();
     }
+    if let Some(topology) = topology.filter(|_| asked.is_empty() && config.provider == "efa") {
+        if topology.devices().is_empty() {
+            let text = "No EFA devices found in the host engine's topology: it has not been discovered \
+                        (discoverTopology), the machine has no RDMA device, or the device filter \
+                        leaves none";
+            return Err(Error::new(Code::DeviceNotFound, text));
+        }
+    }
     if wanted.is_empty() && asked.is_empty() {
         if let Some(topology) = topology.filter(|topology| !topology.devices().is_empty()) {
             log::warn!(

@@ -9,7 +9,7 @@ mod poller;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,8 @@ use poller::{Patience, Sleeper};
 const DEFAULT_SLICE: u64 = 4 << 20;
 /// Rails that register memory at the same time, unless MC_MAX_CONCURRENT_REG_MR says otherwise.
 const MAX_REGISTERING: usize = 16;
+/// How often [`Transport::progress`] looks for what is overdue, nanoseconds.
+const EXPIRE_EVERY: u64 = 100_000_000;
 /// Longest wait for operations in flight when a transport is dropped.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -90,6 +92,8 @@ struct Shared {
     buffers: Mutex<BTreeMap<u64, (String, Vec<Registered>)>>,
     stop: AtomicBool,
     sleepers: Vec<Sleeper>,
+    /// When [`Transport::progress`] next looks for what a stuck driver left overdue, nanoseconds.
+    next_expiry: AtomicU64,
 }
 
 /// The provider's devices that could be used, without opening any.
@@ -151,7 +155,10 @@ impl Transport {
         let shared = Arc::new(Shared {
             engine: Engine::new(nics, settings, observer),
             clock: Instant::now(),
-            topology: topology.unwrap_or_else(|| Topology::flat(&names)),
+            topology: topology
+                .map(|topology| topology.only(&names))
+                .filter(|topology| !topology.devices().is_empty())
+                .unwrap_or_else(|| Topology::flat(&names)),
             config,
             provider,
             server_name,
@@ -161,6 +168,7 @@ impl Transport {
             buffers: Mutex::default(),
             stop: AtomicBool::new(false),
             sleepers,
+            next_expiry: AtomicU64::new(0),
         });
         let mut transport = Self { shared, pollers: Vec::new() };
         for index in 0..threads {
@@ -371,17 +379,48 @@ impl Transport {
         requests: impl ExactSizeIterator<Item = Request> + Clone,
         timeout: Option<Duration>,
     ) -> Result<u32> {
+        self.start(timeout, |now, deadline| {
+            self.shared.engine.submit(batch, requests.clone(), now, deadline)
+        })
+    }
+
+    /// Starts requests, all or none, whose end only the observer is told of.
+    pub fn submit_detached(
+        &self,
+        requests: impl ExactSizeIterator<Item = Request> + Clone,
+        timeout: Option<Duration>,
+    ) -> Result<()> {
+        self.start(timeout, |now, deadline| {
+            self.shared.engine.submit_detached(requests.clone(), now, deadline)
+        })
+    }
+
+    fn start<T>(
+        &self,
+        timeout: Option<Duration>,
+        submit: impl Fn(u64, u64) -> Result<T, Refusal>,
+    ) -> Result<T> {
         let shared = &self.shared;
         let now = shared.now();
         let timeout = timeout.unwrap_or(shared.config.slice_timeout);
         let deadline = now.saturating_add(nanoseconds(timeout));
-        let submit = || shared.engine.submit(batch, requests.clone(), now, deadline);
-        let first = match submit() {
-            Ok(first) => first,
+        let submit = || submit(now, deadline);
+        let started = match submit() {
+            Ok(started) => started,
             Err(refusal) => shared.resolve(Some(refusal), submit)?,
         };
         shared.sleepers.iter().for_each(Sleeper::wake);
-        Ok(first)
+        Ok(started)
+    }
+
+    /// Makes progress for someone who waits for what the observer is told.
+    pub fn progress(&self) {
+        let shared = &self.shared;
+        let now = shared.now();
+        if shared.engine.progress(now) == 0 && now >= shared.next_expiry.load(Ordering::Relaxed) {
+            shared.next_expiry.store(now + EXPIRE_EVERY, Ordering::Relaxed);
+            shared.engine.expire_all(now);
+        }
     }
 
     /// Status of a task and its bytes moved. Makes progress if it is not final.
