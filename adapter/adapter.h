@@ -76,6 +76,8 @@ public:
     // Answers a peer's handshake. A refusal is an answer with `reply_msg` set, and 0.
     int answer(const mefa_handshake &request, const std::function<void(const mefa_handshake &)> &answered);
 
+    // The transport itself.
+    mefa_transport raw() const { return transport_; }
     // NICs in use, by number of their key in a region.
     const std::vector<std::string> &nics() const { return nics_; }
     // What went wrong last on this thread.
