@@ -126,14 +126,15 @@ impl<T> Table<T> {
 pub(super) struct Seal(u64);
 
 impl Seal {
-    /// Set in every seal, and in no index: no number is 0.
-    const NEVER_ZERO: u64 = 1 << 31;
+    /// Set in every seal, and not all of them in any index: no number is 0. (A batch's index has its size
+    /// class there, which is 20 at most.)
+    const NEVER_ZERO: u64 = 0b11111 << 27;
 
     pub fn new() -> Self {
         Self(RandomState::new().hash_one(0) | Self::NEVER_ZERO)
     }
 
-    /// The number of a place: an index below 2^31, and a generation.
+    /// The number of a place.
     pub fn number(self, index: u32, generation: u32) -> u64 {
         self.0 ^ (u64::from(generation) << 32 | u64::from(index))
     }
@@ -186,6 +187,7 @@ mod tests {
         let (ours, theirs) = (Seal::new(), Seal::new());
         let number = ours.number(5, 7);
         assert_eq!(ours.place(number), (5, 7));
+        assert!(ours.place(0).0 >> 27 == 31, "0 is no place");
         assert_ne!(theirs.place(number).1, 7);
     }
 
