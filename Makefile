@@ -14,7 +14,7 @@ BIN := $(TARGET_DIR)/release/mooncake-efa
 ENV := . scripts/env &&
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test bench lint header bindings install clean help raw_rma cmake
+.PHONY: build demo test test-mooncake bench lint header bindings install clean help raw_rma cmake
 
 build: ## the library and the command, in target/release
 	@scripts/setup build
@@ -30,6 +30,12 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	$(ENV) $(CARGO) test $(CARGO_FLAGS) --release --workspace
 	@$(MAKE) --no-print-directory cmake CMAKE_ARGS=-DMOONCAKE_EFA_BUILD_TESTS=ON
 	cd build && ctest --output-on-failure
+
+test-mooncake: build ## the published Mooncake with our transport in it; PYTEST_ARGS='-k store'
+	@scripts/setup mooncake
+	$(ENV) cmake -S . -B build -DMOONCAKE_EFA_BUILD_SWAP=ON -DMOONCAKE_EFA_BUILD_TESTS=OFF
+	$(ENV) cmake --build build --target mooncake_efa_swap
+	.tools/mooncake/bin/pytest tests/mooncake $(PYTEST_ARGS)
 
 bench: build raw_rma ## against a plain libfabric loop; BENCH_ARGS='--rounds 3', see bench/run --help
 	bench/run --ours $(BIN) --raw build/bench/raw_rma $(BENCH_ARGS)
@@ -70,4 +76,4 @@ clean: ## what was built; .tools/ stays
 	$(ENV) $(CARGO) clean
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 15
