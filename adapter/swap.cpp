@@ -444,9 +444,6 @@ int install(void *self, std::string &name, Shared metadata, Shared topology, Mod
     // Gives the object its name and its metadata, for whoever asks for them.
     if (const int code = module.base_install(self, name, metadata, topology)) return code;
     adapter::log_to(to_log);
-    const std::string serves =
-        std::string("mooncake-efa ") + mefa_version() + " serves protocol efa in " + module.path;
-    to_log(3, serves.c_str());
     auto one = std::make_unique<Installed>(module, self, name, std::move(metadata));
     int code = one->adapter.install(name, module.topology_text(topology.get()), {});
     if (code == 0) code = one->adapter.publish(false);
@@ -460,6 +457,7 @@ int install(void *self, std::string &name, Shared metadata, Shared topology, Mod
         return MEFA_CODE_TOO_MANY_REQUESTS;
     }
     one.release();
+    to_log(3, (std::string("mooncake-efa ") + mefa_version() + " serves protocol efa in " + module.path).c_str());
     // From here on peers may call.
     code = module.start_handshakes(self, name);
     if (code == 0) code = raw->adapter.publish(true);

@@ -70,11 +70,15 @@ struct Handshake {
     std::vector<std::uint32_t> qp_num;
     bool ready_ack = false;
     bool ready_ack_supported = false;
+    // Three of other transports; Mooncake's public source did not have them when it was read.
+    std::int32_t notify_qp_num = 0;
+    std::uint16_t notify_rq_depth = 0;
+    bool ctrl_channel = false;
     std::string reply_msg;
     std::string efa_addr;
 };
 static_assert(sizeof(std::string) == 32, "the hosts use libstdc++ with its C++11 strings");
-static_assert(sizeof(Handshake) == 232);
+static_assert(sizeof(Handshake) == 240 && offsetof(Handshake, reply_msg) == 176 && offsetof(Handshake, efa_addr) == 208);
 
 // Status, as a function of the host's returns it: by a hidden pointer, because it has a destructor. The text,
 // if there is one, was allocated by the host's own constructor.
