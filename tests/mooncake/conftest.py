@@ -80,13 +80,12 @@ def engine(starter, fabric, host):
 
 
 def settle(near, far):
-    """The C++ transport's first writes to a peer are emulated by libfabric, and report completion
-    before they arrive. One that is too long for that goes after the devices have met; it takes any of
-    them, so that many are needed to have met with all."""
+    """With the C++ transport a completed write is at times not yet in the target's memory, most often
+    one of the first to a peer. Why has not been found out; a long one before makes it rarer, and
+    does not end it, so runs with MEFA_SWAP=none fail now and then."""
     size = harness.MiB
     with harness.Memory(near, size) as ours, harness.Memory(far, size) as theirs:
-        for _ in range(40):
-            assert near.call("transfer_sync_write", far.name, ours.address, theirs.address, size) == 0, near.stderr()
+        assert near.call("transfer_sync_write", far.name, ours.address, theirs.address, size) == 0, near.stderr()
 
 
 @pytest.fixture(scope="session")
