@@ -168,8 +168,10 @@ static void unknown_batch(mefa_batch bad) {
     int32_t status = 77, quiet = 77;
     size_t count = 77;
     INVALID(mefa_batch_free(transport, bad));
-    INVALID(mefa_submit(transport, bad, &request, 1, 0));
-    INVALID(mefa_submit(transport, bad, NULL, 0, 0));
+    if (bad != 0) { /* 0 asks for no batch */
+        INVALID(mefa_submit(transport, bad, &request, 1, 0));
+        INVALID(mefa_submit(transport, bad, NULL, 0, 0));
+    }
     INVALID(mefa_task_status(transport, bad, 0, &state));
     INVALID(mefa_batch_status(transport, bad, &status, &count));
     INVALID(mefa_batch_status(transport, bad, &status, NULL));

@@ -22,6 +22,11 @@ FIELD(mefa_config, on_completion, 64);
 FIELD(mefa_config, context, 72);
 SIZE(mefa_config, 80);
 
+FIELD(mefa_handshake, size, 0);
+FIELD(mefa_handshake, local_nic_path, 8);
+FIELD(mefa_handshake, peer_nic_path, 16);
+FIELD(mefa_handshake, efa_addr, 24);
+FIELD(mefa_handshake, reply_msg, 32);
 FIELD(mefa_completion, cookie, 0);
 FIELD(mefa_completion, bytes, 8);
 FIELD(mefa_completion, status, 16);

@@ -140,6 +140,44 @@ TEST_P(Batches, CookiesComeBackOnceAndFirst) {
     EXPECT_EQ(seen->wrong, 0);
 }
 
+// Requests of no batch: only the callback tells, once each, and nothing is left to free.
+TEST_P(Batches, NoneIsNeededWhereACallbackTells) {
+    constexpr std::size_t ROUNDS = 50, COUNT = 20;
+    std::atomic<std::uint64_t> told{0}, bytes{0}, cookies{0}, wrong{0};
+    Target target(provider(), MiB);
+    Memory memory(MiB);
+    auto transport = install(mefa::Config("here:1").on_completion([&](const mefa_completion *items, std::size_t count) {
+        for (std::size_t i = 0; i < count; ++i) {
+            if (items[i].status != MEFA_STATUS_COMPLETED) ++wrong;
+            bytes += items[i].bytes;
+            cookies += items[i].cookie;
+        }
+        told += count;
+    }));
+    auto registered = must(transport.register_memory(memory.data(), memory.size()));
+    auto segment = must(transport.open_json(target.descriptor()));
+    memory.fill(0, MiB, 3, 0);
+    for (std::size_t round = 0; round < ROUNDS; ++round) {
+        std::vector<mefa_request> requests;
+        for (std::size_t i = 0; i < COUNT; ++i)
+            requests.push_back(segment.write(memory + i * 1000, target.base() + i * 1000, 1000, i + 1));
+        ASSERT_EQ(mefa_submit(transport.raw(), 0, requests.data(), COUNT, 0), 0) << mefa_last_error();
+        ASSERT_TRUE(eventually([&] { return mefa_progress(transport.raw()) == 0 && told == (round + 1) * COUNT; }));
+    }
+    EXPECT_EQ(bytes, ROUNDS * COUNT * 1000);
+    EXPECT_EQ(cookies, ROUNDS * COUNT * (COUNT + 1) / 2);
+    EXPECT_EQ(wrong, 0u);
+    EXPECT_TRUE(target.is(0, COUNT * 1000, 3));
+    // Refused as a whole: nothing is told.
+    auto bad = segment.write(memory.data(), target.base() + 2 * MiB, 1, 1);
+    EXPECT_EQ(mefa_submit(transport.raw(), 0, &bad, 1, 0), MEFA_CODE_ADDRESS_NOT_REGISTERED);
+    EXPECT_EQ(mefa_submit(transport.raw(), 0, nullptr, 0, 0), 0);
+    EXPECT_EQ(mefa_progress(0), MEFA_CODE_INVALID_ARGUMENT);
+    must(registered.close());
+    must(transport.close());
+    EXPECT_EQ(told, ROUNDS * COUNT);
+}
+
 // A completion may submit the next transfer.
 TEST_P(Batches, ACompletionMaySubmit) {
     constexpr int LINKS = 200;

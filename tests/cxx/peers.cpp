@@ -132,6 +132,32 @@ TEST_P(Handshakes, FailWithTheHost) {
     }
 }
 
+// The JSON of a handshake and its fields are the same thing.
+TEST(HandshakeFields, GoThereAndBack) {
+    const auto keep = [](void *to, const char *text, std::size_t length) { static_cast<std::string *>(to)->assign(text, length); };
+    const mefa_handshake fields = {sizeof fields, "here:1@a\"b", "there:1@c", "0a0b", nullptr};
+    std::string json, again;
+    ASSERT_EQ(mefa_handshake_format(&fields, keep, &json), 0) << mefa_last_error();
+    ASSERT_EQ(mefa_handshake_parse(json.c_str(), [](void *to, const mefa_handshake *read) {
+        EXPECT_STREQ(read->local_nic_path, "here:1@a\"b");
+        EXPECT_STREQ(read->peer_nic_path, "there:1@c");
+        EXPECT_STREQ(read->efa_addr, "0a0b");
+        EXPECT_STREQ(read->reply_msg, "");
+        mefa_handshake_format(read, [](void *text, const char *from, std::size_t length) {
+            static_cast<std::string *>(text)->assign(from, length);
+        }, to);
+    }, &again), 0) << mefa_last_error();
+    EXPECT_EQ(again, json);
+    const auto never = [](void *, const mefa_handshake *) { ADD_FAILURE(); };
+    EXPECT_EQ(mefa_handshake_parse("{", never, nullptr), MEFA_CODE_MALFORMED_JSON);
+    EXPECT_EQ(mefa_handshake_parse(nullptr, never, nullptr), MEFA_CODE_INVALID_ARGUMENT);
+    EXPECT_EQ(mefa_handshake_parse(json.c_str(), nullptr, nullptr), MEFA_CODE_INVALID_ARGUMENT);
+    const mefa_handshake small = {8, nullptr, nullptr, nullptr, nullptr};
+    EXPECT_EQ(mefa_handshake_format(&small, keep, &json), MEFA_CODE_INVALID_ARGUMENT);
+    EXPECT_EQ(mefa_handshake_format(nullptr, keep, &json), MEFA_CODE_INVALID_ARGUMENT);
+    EXPECT_EQ(mefa_handshake_format(&fields, nullptr, nullptr), MEFA_CODE_INVALID_ARGUMENT);
+}
+
 TEST_P(Handshakes, ManyThreadsAtOnce) {
     auto transport = install(host());
     auto registered = must(transport.register_memory(memory.data(), MiB));
