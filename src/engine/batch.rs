@@ -243,6 +243,14 @@ impl Batches {
         }
     }
 
+    /// How many places for batches of up to `capacity` tasks have ever been used.
+    #[cfg(test)]
+    pub fn places(&self, capacity: u32) -> usize {
+        let class = capacity.next_power_of_two().ilog2();
+        let used = |batch: &&Batch| batch.tasks.get().is_some();
+        self.classes[class as usize].iter().filter(used).count()
+    }
+
     /// [`Pin::overdue`] of every batch.
     pub fn overdue(&self, now: u64, mut each: impl FnMut(Ended)) {
         for (class, table) in (0_u32..).zip(&self.classes) {

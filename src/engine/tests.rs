@@ -379,6 +379,49 @@ fn a_deadline_holds_though_the_rail_is_stuck() {
 }
 
 #[test]
+fn detached_requests_are_told_of_and_their_room_comes_back() {
+    let bench = Bench::new(2, 4, 4096, true);
+    for round in 0..100 {
+        let requests = [
+            bench.request(true, 0, 3 * 4096, round * 3),
+            bench.request(false, 1 << 20, 100, round * 3 + 1),
+            bench.request(true, 0, 0, round * 3 + 2),
+        ];
+        bench.engine.submit_detached(requests.into_iter(), bench.now, FOREVER).expect("started");
+        bench.settle();
+        for (cookie, bytes) in [(0, 3 * 4096), (1, 100), (2, 0)] {
+            let seen = bench.seen.lock()[&(round * 3 + cookie)].clone();
+            assert_eq!((seen.len(), seen[0].status, seen[0].bytes), (1, Status::Completed, bytes));
+        }
+    }
+    // One that is refused leaves nothing behind either.
+    let outside = Request { local: 1, ..bench.request(true, 0, 8, 999) };
+    assert!(bench.engine.submit_detached([outside].into_iter(), 0, FOREVER).is_err());
+    assert!(bench.engine.submit_detached([].into_iter(), 0, FOREVER).is_ok());
+    assert!(!bench.seen.lock().contains_key(&999));
+    // All rounds used one place in the table: it is still the first of its size that is taken.
+    let places = bench.engine.shared.batches.places(4);
+    assert_eq!(places, 1, "a detached batch's place is used again");
+}
+
+#[test]
+fn a_stuck_rail_does_not_keep_detached_requests_past_their_deadline() {
+    let bench = Bench::new(1, 1, 4096, false);
+    let soon = bench.request(true, 0, 8192, 1);
+    bench.engine.submit_detached([soon].into_iter(), 0, 1_000_000_000).expect("started");
+    bench.engine.expire_all(1_100_000_000);
+    assert!(bench.seen.lock().is_empty(), "the rail's");
+    bench.engine.expire_all(1_300_000_000);
+    bench.engine.expire_all(1_300_000_000);
+    assert_eq!(
+        bench.seen.lock()[&1].iter().map(|task| task.status).collect::<Vec<_>>(),
+        [Status::Timeout]
+    );
+    bench.settle();
+    assert_eq!(bench.seen.lock()[&1].len(), 1, "reported once");
+}
+
+#[test]
 fn cancel_ends_what_is_queued_and_waits_for_what_flies() {
     let bench = Bench::new(1, 2, 4096, true);
     let batch = bench.engine.allocate_batch(2).expect("batch");
