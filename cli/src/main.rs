@@ -5,6 +5,7 @@ mod bench;
 mod control;
 mod devices;
 mod pattern;
+mod run;
 mod target;
 mod units;
 
@@ -34,6 +35,7 @@ Examples:
   mooncake-efa bench --self --provider shm --verify two processes here, every byte checked
   mooncake-efa bench --mode target                  on one host; prints HOST:PORT
   mooncake-efa bench --segment_id HOST:PORT         on the other
+  mooncake-efa run -- vllm serve MODEL ...          a published Mooncake on this transport
 
 Without --provider the variable MC_EFA_PROVIDER names libfabric's provider; the default is efa.";
 
@@ -43,6 +45,8 @@ enum Command {
     Bench(bench::Args),
     /// List the devices that could be used
     Devices(devices::Args),
+    /// Run a command whose Mooncake uses this transport instead of its own EfaTransport
+    Run(run::Args),
 }
 
 /// Settings of the environment, with a provider given on the command line.
@@ -88,6 +92,8 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Bench(args) => bench::run(&args),
         Command::Devices(args) => devices::run(&args),
+        // Its exit statuses are a shell's.
+        Command::Run(args) => return run::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
