@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the layouts that published Mooncake wheels were compiled with, and prints lines for hosts.tsv.
 
-    adapter/abi/survey.py [--table hosts.tsv] [--facts] [--jobs N] WHEEL...
+    adapter/abi/survey.py [--table FILE] [--facts] [--jobs N] WHEEL...
 
 Needs python3 (3.9 or newer) and binutils (readelf, objdump); x86-64 only. Each wheel's engine.so and
 store.so is one host. What is looked at is the machine code of a few exported functions: a small dataflow
 over registers and stack slots says which field of which argument an instruction touches. What cannot be
 read off that way is `unknown`; nothing is guessed.
 
-Hosts with equal facts have one layout. Its name comes from LAYOUTS below; facts that are in no entry there
-print as `UNNAMED-...`, with the facts, on standard error: look at them, then add an entry. A host with an
-`unknown` fact never gets a layout. With --table the lines are merged into that file.
+Hosts with equal facts have one layout. Its name comes from layouts.txt beside this file. Facts that are
+not there print as `UNNAMED-...`, those with an unknown among them as `UNKNOWN-...`, and the exit status is
+1; the facts are on standard error. README.md says what to do then. With --table the lines of hosts that
+have a layout are merged into that file.
 """
 
 import argparse
@@ -51,7 +52,7 @@ USED = [
     META + "17decodeSegmentDescERN4Json5ValueERK" + STRING,
     META + "17encodeSegmentDescERKNS0_11SegmentDescERN4Json5ValueE",
     META + "15addLocalSegmentEmRK" + STRING + "OSt10shared_ptrINS0_11SegmentDescEE",
-    META + "18getSegmentDescByIDEmb", META + "20getSegmentDescByNameERK" + STRING + "b",
+    META + "12getSegmentIDERK" + STRING, META + "18getSegmentDescByIDEmb", META + "20getSegmentDescByNameERK" + STRING + "b",
     META + "22updateLocalSegmentDescEm",
     META + "13sendHandshakeERK" + STRING + "RKNS0_13HandShakeDescERS9_",
     "_ZNK8mooncake8Topology8toStringB5cxx11Ev", STATUS_NEW,
@@ -62,9 +63,6 @@ USED_JSON = [
     "_ZN4Json6Reader5parseERKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEERNS_5ValueEb",
     "_ZNK4Json5Value14toStyledStringB5cxx11Ev",
 ]
-
-# Facts that make a layout, by name. `--facts` prints those of a host in this form.
-LAYOUTS = {}
 
 UNKNOWN = "unknown"
 
@@ -83,12 +81,12 @@ class Elf:
         self.path = path
         found = re.search(r"Build ID: ([0-9a-f]+)", run("readelf", "-nW", path))
         self.build_id = found.group(1) if found else None
-        # name -> (address, size), defined and dynamic only. Symbols with a version are left with it.
+        # name -> (address, size), of what is defined, exported and open to interposition.
         self.symbols = {}
         for line in run("readelf", "--dyn-syms", "-W", path).splitlines():
             part = line.split()
-            if len(part) == 8 and re.fullmatch(r"\d+:", part[0]) and part[6] != "UND" and part[4] != "LOCAL":
-                self.symbols[part[7]] = (int(part[1], 16), int(part[2], 0))
+            if len(part) == 8 and re.fullmatch(r"\d+:", part[0]) and part[6] != "UND" and part[4] != "LOCAL" and part[5] == "DEFAULT":
+                self.symbols[part[7].split("@")[0]] = (int(part[1], 16), int(part[2], 0))
         self.sections = []  # (address, offset, size)
         for found in re.finditer(
             r"^\s*\[\s*\d+\] \S+\s+PROGBITS\s+([0-9a-f]+) ([0-9a-f]+) ([0-9a-f]+)",
@@ -154,7 +152,6 @@ class Elf:
 
 ARGS = ["rdi", "rsi", "rdx", "rcx", "r8", "r9"]
 CLOBBERED = ["rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11"]
-READ_ONLY = {"cmp", "test", "nop", "endbr64", "ret", "ud2", "pause", "leave"}
 
 REGISTERS = {}
 for _r in ["ax", "bx", "cx", "dx"]:
@@ -226,6 +223,8 @@ def add(a, b):
             return ("times", x[1], x[2] + y[2])
         if y[0] == "times" and x == y[1]:
             return ("times", x, 1 + y[2])
+    if a == b and a[0] == "arg":
+        return ("times", a, 2)
     for x, y in ((a, b), (b, a)):
         if y[0] == "times" and pointer(x):
             return index(x, y, 1)
@@ -295,28 +294,69 @@ class Function:
         self.escaped = None
         entry = {register: ("arg", i) for i, register in enumerate(ARGS)}
         entry["rsp"] = ("sp",)
+        next_of = {block: self.successors(block, bounds[block], number) for block in leaders}
+        # Blocks in an order in which loops aside those before a block come first.
+        order, open_blocks = {}, [(0, iter(next_of[0]))]
+        entered = {0}
+        while open_blocks:
+            block, rest = open_blocks[-1]
+            to = next((x for x in rest if x not in entered), None)
+            if to is None:
+                order[block] = -len(order)
+                open_blocks.pop()
+            else:
+                entered.add(to)
+                open_blocks.append((to, iter(next_of[to])))
         for _ in range(2):
-            states, outs, visits, lowest = {0: entry}, {}, collections.Counter(), None
-            work = [0]
+            # outs[b][a]: the state at the end of a, from where b is entered. killed: what the ways into a block
+            # do not agree on.
+            states, outs, killed, lowest = {0: entry}, {0: {-1: entry}}, collections.defaultdict(set), None
+            work, seen = [0], set()
             while work:
-                block = min(work)
+                block = min(work, key=order.get)
                 work.remove(block)
-                visits[block] += 1
+                seen.add(block)
                 state, taken = self.block(block, bounds[block], dict(states[block]), False)
                 lowest = min(taken + ([] if lowest is None else [lowest]), default=None)
-                for to in self.successors(block, bounds[block], number):
+                for to in next_of[block]:
                     outs.setdefault(to, {})[block] = state
-                    # What all ways into a block agree on. The block at 0 has another way in.
-                    ways = list(outs[to].values()) + ([entry] if to == 0 else [])
-                    # Many rounds: from then on only fewer things are known, so that it ends.
-                    ways += [states[to]] if visits[to] > 20 else []
-                    new = {k: v for k, v in ways[0].items() if all(way.get(k) == v for way in ways[1:])}
-                    if states.get(to) != new:
-                        states[to] = new
-                        if to not in work:
-                            work.append(to)
+                    ways = list(outs[to].values())
+                    new = {k: v for k, v in ways[0].items() if k not in killed[to] and all(way.get(k) == v for way in ways[1:])}
+                    old = states.get(to)
+                    if old is not None and to in seen:
+                        # Never more than before, so that this ends.
+                        new = {k: v for k, v in new.items() if k in old}
+                    if old == new:
+                        continue
+                    if old is not None and to in seen:
+                        # What follows was found with too much: it is found again.
+                        killed[to] |= {k for k, v in old.items() if new.get(k) != v}
+                        behind, todo = set(), [to]
+                        while todo:
+                            last = todo.pop()
+                            for x in next_of[last]:
+                                if order[x] > order[last] and x not in behind:
+                                    behind.add(x)
+                                    todo.append(x)
+                        for x in behind:
+                            states.pop(x, None)
+                        for x in outs.values():
+                            for y in behind.intersection(x):
+                                del x[y]
+                        seen -= behind
+                        work = [x for x in work if x not in behind]
+                        ways = list(outs[to].values())
+                        new = {k: v for k, v in old.items() if k not in killed[to] and all(way.get(k) == v for way in ways)}
+                    states[to] = new
+                    if to not in work:
+                        work.append(to)
+                    if block not in states:
+                        break
             self.escaped = lowest
-        for block in sorted(states):
+        self.turn = {}  # address -> place in an order in which what leads to something comes before it
+        for block in sorted(states, key=order.get):
+            for i in range(block, bounds[block]):
+                self.turn[self.code[i][0]] = len(self.turn)
             self.block(block, bounds[block], dict(states[block]), True)
 
     def successors(self, first, last, number):
@@ -369,16 +409,9 @@ class Function:
         elif len(got) == 1 and scaled and scaled[0] in REGISTERS:
             by = state.get(REGISTERS[scaled[0]][0])
             base = got[0]
-            if by is not None and by[0] == "const":
-                value = at(base, by[1] * scaled[1])
-            elif scaled[1] == 1:
-                value = add(base, by)
-                if value is None and pointer(base) and by is None:
-                    value = index(base, None, 1)
-            elif base is not None and base == by:
-                value = times(base, scaled[1] + 1)
-            elif pointer(base):
-                value = index(base, by, scaled[1])
+            value = add(base, by if scaled[1] == 1 else times(by, scaled[1]))
+            if value is None and by is None and pointer(base):
+                value = index(base, None, scaled[1])
         return at(value, offset), size
 
     def read(self, operand, state, rip, where, record):
@@ -622,7 +655,7 @@ def sizes(elf, facts):
                     found.add(UNKNOWN)
     facts["EfaTransport.size"] = only(found)
 
-    made, member = set(), collections.defaultdict(set)
+    made, member, tasks = set(), collections.defaultdict(set), set()
     for function in elf.find(MULTI + "15allocateBatchIDEm"):
         for store in function.stores:
             base, offset = split(store.where)
@@ -632,11 +665,19 @@ def sizes(elf, facts):
                     member["id"].add(offset)
                 elif store.value == ("arg", 1):
                     member["batch_size"].add(offset)
+                elif store.value is not None and store.value[0] == "ret" and store.value[1] == "_Znwm":
+                    # Room for tasks, as many as the argument says: begin and end of a vector.
+                    room = store.value[2][0]
+                    if room is not None and room[:2] == ("times", ("arg", 1)):
+                        tasks.add((offset, room[2]))
         for call in function.calls:
             if "TransferTask" in call.name and "7reserveEm" in call.name:
                 base, offset = split(call.args[0])
                 if base is not None and base[0] == "ret" and base[1] == "_Znwm":
                     member["task_list"].add(offset)
+    for offset, size in tasks:
+        if (offset + 8, size) in tasks:
+            member["task_list"].add(offset)
     facts["BatchDesc.size"] = only(made)
     for name in ("id", "batch_size", "task_list"):
         facts["BatchDesc." + name] = only(member[name])
@@ -734,15 +775,18 @@ def submission(elf, facts):
         base, offset = split(value[1])
         return offset if task(base) else None
 
-    touched, total, target, chosen = set(), set(), set(), set()
+    touched, total, target, chosen, fields = set(), set(), set(), set(), set()
     for load in function.loads:
         base, offset = split(load.where)
         if request(base) is not None:
             touched.add(request(base))
+            fields.add((offset, load.size))
+    # Two counters are added to in place: of slices, which getTransferStatus tells, and of bytes.
     for store in function.stores:
         base, offset = split(store.where)
-        if task(base) and store.size == 8:
+        if task(base) and store.size == 8 and any(load.at == store.at and load.where == store.where for load in function.loads):
             total.add(offset)
+    total = total - {facts["TransferTask.slice_count"]} if facts["TransferTask.slice_count"] in total else {UNKNOWN}
 
     def member(value):
         if value is None or value[0] != "load":
@@ -752,10 +796,19 @@ def submission(elf, facts):
 
     for call in function.calls:
         if call.name == META + "18getSegmentDescByIDEmb":
-            target.add(member(call.args[2]))
+            # The segment 0 is the local one.
+            if call.args[2] != ("const", 0):
+                target.add(member(call.args[2]))
         if call.name.startswith(EFA + "12selectDeviceE"):
             chosen.add((member(call.args[1]), member(call.args[2])))
+    # MultiTransport asks for the segment too: the result, this, request.
+    for other in elf.find(MULTI + "15selectTransportERKNS_9Transport15TransferRequestE"):
+        for call in other.calls:
+            if call.name.startswith(META + "18getSegmentDescByIDE") and call.args[2] is not None and call.args[2][0] == "load":
+                where, offset = split(call.args[2][1])
+                target.add(offset if where == ("arg", 2) else UNKNOWN)
     facts["TransferTask.request"] = only(touched)
+    facts["TransferRequest.fields_read"] = ",".join(f"{offset}:{size}" for offset, size in sorted(fields)) or UNKNOWN
     facts["TransferTask.total_bytes"] = only(total)
     facts["TransferRequest.target_id"] = only(target)
     pairs = {x for x in chosen if None not in x}
@@ -810,18 +863,20 @@ def handshake(elf, facts):
         for load in function.loads:
             where, offset = split(load.where)
             if where == ("arg", 1):
-                events.append((load.at, 0, offset, load.size))
+                events.append((function.turn[load.at], 0, offset, load.size))
         for call in function.calls:
             where, offset = split(call.args[1])
             if call.name.startswith("_ZN4Json5ValueC1ERKNSt7__cxx1112basic_string") and where == ("arg", 1):
-                events.append((call.at, 0, offset, 32))
+                events.append((function.turn[call.at], 0, offset, 32))
             if call.name == "_ZN4Json5ValueC1Eb" and call.args[1] is not None and call.args[1][0] == "load":
                 where, offset = split(call.args[1][1])
                 if where == ("arg", 1):
                     booleans.add(offset)
             key = call.args[1]
-            if call.name == "_ZN4Json5ValueixEPKc" and key is not None and key[0] == "const":
-                events.append((call.at, 1, elf.string(key[1]), 0))
+            if call.name == "_ZN4Json5ValueixEPKc" and (key is None or key[0] != "const"):
+                at_key[None] = []
+            elif call.name == "_ZN4Json5ValueixEPKc":
+                events.append((function.turn[call.at], 1, elf.string(key[1]), 0))
         events.sort(key=lambda event: event[:2])
         pending = []
         for _, kind, what, size in events:
@@ -845,7 +900,9 @@ def handshake(elf, facts):
             elif len(pending) == 1:
                 found.add(pending[0][0])
         facts["HandShakeDesc." + key] = only(found)
-    extra = sorted(str(key) for key in at_key if key not in HANDSHAKE)
+        if functions and at_key and key not in at_key and None not in at_key:
+            facts["HandShakeDesc." + key] = "none"
+    extra = sorted(key or UNKNOWN for key in at_key if key not in HANDSHAKE)
     facts["HandShakeDesc.other_keys"] = ",".join(extra) or "none"
 
     # Two functions of the transport's own say the same of three of them.
@@ -892,6 +949,8 @@ def survey(path, json_symbols):
         missing.append("libjsoncpp")
     else:
         missing += [name for name in USED_JSON if name not in json_symbols]
+    flags = re.findall(r"\((?:FLAGS|FLAGS_1|SYMBOLIC)\).*", run("readelf", "-dW", path))
+    facts["bound_to_itself"] = "yes" if any("SYMBOLIC" in flag for flag in flags) else "no"
     facts["symbols"] = "missing " + ",".join(missing) if missing else "all"
     for question in (vtable, sizes, status, submission, request, base, handshake):
         question(elf, facts)
@@ -899,17 +958,34 @@ def survey(path, json_symbols):
 
 
 def text(facts):
-    return "".join(f"{key}\t{value}\n" for key, value in sorted(facts.items()))
+    def natural(item):
+        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", item[0])]
+
+    return "".join(f"{key} {value}\n" for key, value in sorted(facts.items(), key=natural))
 
 
-def name_of(facts):
-    for name, known in LAYOUTS.items():
-        if known == facts:
-            return name
-    short = hashlib.sha256(text(facts).encode()).hexdigest()[:8]
-    if facts["symbols"] != "all" or any(value == UNKNOWN for value in facts.values()):
-        return "UNKNOWN-" + short
-    return "UNNAMED-" + short
+def layouts():
+    """Name -> facts, as in layouts.txt."""
+    out, name = {}, None
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "layouts.txt"), encoding="ascii") as file:
+        for line in file.read().splitlines():
+            if line.startswith("["):
+                name = line.strip("[]")
+                out[name] = ""
+            elif line and not line.startswith("#"):
+                out[name] += line + "\n"
+    return out
+
+
+def name_of(facts, known):
+    if any(value == UNKNOWN for value in facts.values()) or facts["symbols"] != "all" or facts["bound_to_itself"] != "no":
+        prefix = "UNKNOWN-"
+    else:
+        for name, expected in known.items():
+            if expected == text(facts):
+                return name
+        prefix = "UNNAMED-"
+    return prefix + hashlib.sha256(text(facts).encode()).hexdigest()[:8]
 
 
 def wheel(path):
@@ -943,21 +1019,24 @@ def main():
     parser.add_argument("wheels", nargs="+", metavar="WHEEL")
     options = parser.parse_args()
 
-    rows, unnamed = set(), {}
+    rows, unnamed, known = set(), {}, layouts()
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         for hosts in pool.map(wheel, options.wheels):
             for build_id, facts, what in hosts:
-                layout = name_of(facts)
+                layout = name_of(facts, known)
                 if options.facts:
-                    print(f"# {what} {build_id} {layout}\n{text(facts)}")
+                    print(f"[{layout}]\n# {what} {build_id}\n{text(facts)}")
                     continue
-                rows.add((build_id, layout, what))
-                if layout.startswith("UN"):
+                if layout not in known:
                     unnamed.setdefault(layout, (what, facts))
+                    if options.table:
+                        print(f"left out: {layout} {what}", file=sys.stderr)
+                        continue
+                rows.add((build_id, layout, what))
     if options.facts:
         return 0
     for layout, (what, facts) in unnamed.items():
-        print(f"{layout}, first in {what}:\n{text(facts)}", file=sys.stderr)
+        print(f"[{layout}]\n# first in {what}\n{text(facts)}", file=sys.stderr)
     if options.table:
         with open(options.table, encoding="ascii") as file:
             lines = file.read().splitlines()
