@@ -7,7 +7,6 @@
 mod choice;
 mod poller;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -88,8 +87,9 @@ struct Shared {
     /// Addresses of our endpoints, by rail.
     addresses: Vec<Box<[u8]>>,
     host: Option<Box<dyn Host>>,
-    /// What is registered: location and regions, by first byte.
-    buffers: Mutex<BTreeMap<u64, (String, Vec<Registered>)>>,
+    /// What is registered, in that order: first byte, location, regions. Peers of Mooncake's find
+    /// their memory by its place in the descriptor.
+    buffers: Mutex<Vec<(u64, String, Vec<Registered>)>>,
     stop: AtomicBool,
     sleepers: Vec<Sleeper>,
     /// When [`Transport::progress`] next looks for what a stuck driver left overdue, nanoseconds.
@@ -238,7 +238,7 @@ impl Transport {
         let mut buffers = shared.buffers.lock();
         let made = shared.engine.register(&registrations)?;
         for ((regions, location), (memory, _)) in made.iter().zip(locations).zip(wanted) {
-            buffers.insert(memory.address(), (location, regions.clone()));
+            buffers.push((memory.address(), location, regions.clone()));
         }
         Ok(made)
     }
@@ -253,7 +253,7 @@ impl Transport {
         let result = self.shared.engine.unregister(address);
         if !matches!(&result, Err(error) if matches!(error.code, Code::Busy | Code::AddressNotRegistered))
         {
-            buffers.remove(&address);
+            buffers.retain(|(start, ..)| *start != address);
         }
         result
     }
@@ -279,8 +279,8 @@ impl Transport {
             protocol: segment::PROTOCOL.to_owned(),
             devices: devices.collect(),
             buffers: buffers
-                .values()
-                .flat_map(|(location, regions)| {
+                .iter()
+                .flat_map(|(_, location, regions)| {
                     regions.iter().map(|region| describe(location, region))
                 })
                 .collect(),

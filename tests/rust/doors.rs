@@ -448,9 +448,14 @@ fn many_regions<D: Door>(provider: &str) {
     let mut target = Target::start(provider, 64 * MIB, 7);
     let door = D::install(provider);
     let buffer = Buffer::new(64 * MIB).expect("mapped");
-    for (offset, length) in [(0, 3 * MIB), (3 * MIB, 4096), (3 * MIB + 4096, 61 * MIB - 4096)] {
+    let regions = [(3 * MIB + 4096, 61 * MIB - 4096), (0, 3 * MIB), (3 * MIB, 4096)];
+    for (offset, length) in regions {
         door.register(&buffer, offset, length).expect("registered");
     }
+    // Peers find them in the order of their registration.
+    let told = Segment::from_json(&door.descriptor()).expect("a descriptor").buffers;
+    let told = told.iter().map(|one| (one.addr - buffer.address(), one.length));
+    assert!(told.eq(regions));
     let segment = door.open(&target.descriptor).expect("opened");
     fill(&buffer, 0, 64 * MIB, 5);
     let (local, remote) = (buffer.address(), target.base);
