@@ -69,6 +69,8 @@ struct Module {
     // Why it is not swapped; empty if it is.
     std::string refusal;
     bool fall_back = false;
+    // Laid out as 0.3.12, not as 0.3.13.
+    bool is_312 = false;
 
     // The C++ class.
     Function<int(void *, std::string &, Shared, Shared)> install{
@@ -86,7 +88,7 @@ struct Module {
     Function<abi::Status(void *, std::uint64_t, std::size_t, abi::TaskStatus &)> status{
         "_ZN8mooncake12EfaTransport17getTransferStatusEmmRNS_9Transport14TransferStatusE"};
     Function<int(void *, const std::string &)> warm_up{"_ZN8mooncake12EfaTransport13warmupSegmentE" STRING};
-    Function<int(void *, const abi::Handshake &, abi::Handshake &)> answer{
+    Function<int(void *, const void *, void *)> answer{
         "_ZN8mooncake12EfaTransport21onSetupEfaConnectionsERKNS_16TransferMetadata13HandShakeDescERS2_"};
     Function<int(void *, std::string &)> start_handshakes{
         "_ZN8mooncake12EfaTransport20startHandshakeDaemonE" MUTABLE_STRING};
@@ -109,7 +111,7 @@ struct Module {
     Function<int(void *, std::uint64_t, const std::string &, Shared &&)> set_local_segment{
         "_ZN8mooncake16TransferMetadata15addLocalSegmentEm" STRING "OSt10shared_ptrINS0_11SegmentDescEE"};
     Function<int(void *, std::uint64_t)> advertise{"_ZN8mooncake16TransferMetadata22updateLocalSegmentDescEm"};
-    Function<int(void *, const std::string &, const abi::Handshake &, abi::Handshake &)> send_handshake{
+    Function<int(void *, const std::string &, const void *, void *)> send_handshake{
         "_ZN8mooncake16TransferMetadata13sendHandshakeE" STRING "RKNS0_13HandShakeDescERS9_"};
     Function<void(abi::Status *, std::uint16_t, std::size_t, const char *)> make_status{
         "_ZN8mooncake6StatusC1ENS0_4CodeESt17basic_string_viewIcSt11char_traitsIcEE"};
@@ -216,9 +218,10 @@ void recognise(Module &module) {
     if (layout == nullptr) {
         module.refusal = "this build of Mooncake is not one that mooncake-efa " + std::string(mefa_version()) +
                          " knows";
-    } else if (std::strcmp(layout, abi::layout) != 0) {
-        module.refusal = "its layout is " + std::string(layout) + ", this library is for " + abi::layout;
+    } else if (std::strcmp(layout, abi::Handshake::layout) != 0 && std::strcmp(layout, abi::Handshake312::layout) != 0) {
+        module.refusal = "there is no layout " + std::string(layout) + " (MC_EFA_SWAP_LAYOUT)";
     } else {
+        module.is_312 = std::strcmp(layout, abi::Handshake312::layout) == 0;
         std::string missing;
         module.needed([&](auto &function) {
             if (!module.find(function)) missing = function.name;
@@ -316,11 +319,17 @@ public:
     }
     int handshake(const char *server, const mefa_handshake &ours,
                   const std::function<void(const mefa_handshake &)> &answered) override {
-        abi::Handshake request, answer;
+        return module.is_312 ? shake<abi::Handshake312>(server, ours, answered)
+                             : shake<abi::Handshake>(server, ours, answered);
+    }
+    template <class Handshake>
+    int shake(const char *server, const mefa_handshake &ours,
+              const std::function<void(const mefa_handshake &)> &answered) {
+        Handshake request, answer;
         request.local_nic_path = ours.local_nic_path;
         request.peer_nic_path = ours.peer_nic_path;
         request.efa_addr = ours.efa_addr;
-        const int code = module.send_handshake(metadata_.get(), server, request, answer);
+        const int code = module.send_handshake(metadata_.get(), server, &request, &answer);
         // A refusal is an error too, with an answer that says why.
         if (code != 0 && answer.reply_msg.empty()) return code;
         answered(fields_of(answer));
@@ -337,9 +346,21 @@ public:
         }
     }
 
-    static mefa_handshake fields_of(const abi::Handshake &desc) {
+    template <class Handshake> static mefa_handshake fields_of(const Handshake &desc) {
         return {sizeof(mefa_handshake), desc.local_nic_path.c_str(), desc.peer_nic_path.c_str(),
                 desc.efa_addr.c_str(), desc.reply_msg.c_str()};
+    }
+    template <class Handshake> int answer(const void *peer, void *to) {
+        auto &local = *static_cast<Handshake *>(to);
+        const auto &asked = *static_cast<const Handshake *>(peer);
+        const int code = adapter.answer(fields_of(asked), [&](const mefa_handshake &answer) {
+            local.local_nic_path = answer.local_nic_path;
+            local.peer_nic_path = answer.peer_nic_path;
+            local.efa_addr = answer.efa_addr;
+            local.reply_msg = answer.reply_msg;
+        });
+        if (code != 0) local.reply_msg = Adapter::error();
+        return code;
     }
     int warm_up(const std::string &name) {
         if (name.empty() || name == name_) return 0;
@@ -573,19 +594,13 @@ int swap_warm_up(void *self, const std::string &name) {
     return CALLER.warm_up(self, name);
 }
 
-EXPORT int swap_answer(void *self, const abi::Handshake &peer, abi::Handshake &local)
+EXPORT int swap_answer(void *self, const void *peer, void *local)
     METHOD("21onSetupEfaConnectionsERKNS_16TransferMetadata13HandShakeDescERS2_");
-int swap_answer(void *self, const abi::Handshake &peer, abi::Handshake &local) {
+int swap_answer(void *self, const void *peer, void *local) {
     Installed *one = installed(self);
     if (one == nullptr) return CALLER.answer(self, peer, local);
-    const int code = one->adapter.answer(Installed::fields_of(peer), [&](const mefa_handshake &answer) {
-        local.local_nic_path = answer.local_nic_path;
-        local.peer_nic_path = answer.peer_nic_path;
-        local.efa_addr = answer.efa_addr;
-        local.reply_msg = answer.reply_msg;
-    });
-    if (code != 0) local.reply_msg = Adapter::error();
-    return code;
+    return one->module.is_312 ? one->answer<abi::Handshake312>(peer, local)
+                              : one->answer<abi::Handshake>(peer, local);
 }
 
 EXPORT void swap_destroy(void *self) METHOD("D1Ev");

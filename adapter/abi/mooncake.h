@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The structures of Mooncake's that a preloaded library has to read and write, laid out as in the hosts that
-// hosts.tsv lists under the layout "mooncake-0.3.13": default build, metrics on, event-driven completion off.
+// The structures of Mooncake's that a preloaded library has to read and write, laid out as in the hosts of
+// hosts.tsv: default build, metrics on, event-driven completion off. Of the fields that are used, only those
+// of a handshake differ between the layouts.
 // Written from the facts that survey.py finds in the machine code; all other structures stay closed to us.
 
 #ifndef MOONCAKE_EFA_ABI_MOONCAKE_H
@@ -14,22 +15,18 @@
 
 namespace mooncake_efa::abi {
 
-inline constexpr const char *layout = "mooncake-0.3.13";
-
-// Transport::TransferRequest.
+// Transport::TransferRequest. Only ever seen by pointer.
 struct Request {
     std::int32_t opcode; // 0 read, 1 write
     void *source;
     std::uint64_t target_id;
     std::uint64_t target_offset;
     std::size_t length;
-    std::int32_t advise_retry_cnt;
-    std::int32_t transport_hint;
-    std::uint64_t task_group_id;
+    // What follows is not used, and not the same in all layouts.
 };
-static_assert(sizeof(Request) == 56 && offsetof(Request, length) == 32);
+static_assert(offsetof(Request, target_id) == 16 && offsetof(Request, length) == 32);
 
-// Transport::TransferTask.
+// Transport::TransferTask. Only ever seen by pointer.
 struct Task {
     std::uint64_t slice_count;
     std::uint64_t success_slice_count;
@@ -41,10 +38,9 @@ struct Task {
     void *transport;
     std::int64_t start_time;
     const Request *request;
-    std::size_t request_count;
-    void *slice_list[3];
+    // What follows is not used, and not the same in all layouts.
 };
-static_assert(sizeof(Task) == 112 && offsetof(Task, total_bytes) == 40 && offsetof(Task, request) == 72);
+static_assert(offsetof(Task, is_finished) == 32 && offsetof(Task, total_bytes) == 40 && offsetof(Task, request) == 72);
 
 // Transport::TransferStatus.
 struct TaskStatus {
@@ -62,6 +58,7 @@ static_assert(sizeof(Buffer) == 16);
 
 // TransferMetadata::HandShakeDesc.
 struct Handshake {
+    static constexpr const char *layout = "mooncake-0.3.13";
     std::string payload;
     std::string local_nic_path;
     std::uint16_t local_lid = 0;
@@ -79,6 +76,20 @@ struct Handshake {
 };
 static_assert(sizeof(std::string) == 32, "the hosts use libstdc++ with its C++11 strings");
 static_assert(sizeof(Handshake) == 240 && offsetof(Handshake, reply_msg) == 176 && offsetof(Handshake, efa_addr) == 208);
+
+struct Handshake312 {
+    static constexpr const char *layout = "mooncake-0.3.12";
+    std::string local_nic_path;
+    std::uint16_t local_lid = 0;
+    std::string local_gid;
+    std::string peer_nic_path;
+    std::vector<std::uint32_t> qp_num;
+    bool ready_ack = false;
+    bool ready_ack_supported = false;
+    std::string reply_msg;
+    std::string efa_addr;
+};
+static_assert(sizeof(Handshake312) == 200 && offsetof(Handshake312, reply_msg) == 136);
 
 // Status, as a function of the host's returns it: by a hidden pointer, because it has a destructor. The text,
 // if there is one, was allocated by the host's own constructor.
