@@ -78,3 +78,53 @@ def test_unknown_provider(start):
     peer = start(Wrong())
     assert peer.start_engine() == -1
     assert "no_such_provider" in peer.stderr()
+
+
+@pytest.fixture
+def unknown_build(tmp_path):
+    """The wheel's package, with an engine.so of a build id that no table has."""
+    import importlib.util
+    import os
+
+    package = harness.Path(importlib.util.find_spec("mooncake").origin).parent
+    copy = tmp_path / "site" / package.name
+    copy.mkdir(parents=True)
+    for entry in package.iterdir():
+        os.symlink(entry, copy / entry.name)
+    for libraries in package.parent.glob("mooncake_transfer_engine*.libs"):
+        os.symlink(libraries, copy.parent / libraries.name)
+    engine = copy / "engine.so"
+    data = engine.read_bytes()
+    note = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0"  # a build id's header: 4 and 20 bytes, type 3
+    at = data.index(note) + len(note)
+    engine.unlink()
+    engine.write_bytes(data[:at] + b"\xaa" * 20 + data[at + 20:])
+    return copy.parent
+
+
+def test_an_unknown_build_is_refused(start, unknown_build):
+    peer = start(harness.Software(), PYTHONPATH=str(unknown_build))
+    assert peer.start_engine() == -1
+    assert "is not one that mooncake-efa" in peer.stderr()
+    assert "aa" * 20 in peer.stderr()
+    assert peer.serves() == []
+    # Nothing else is taken away.
+    assert peer.start_engine("tcp", on="other") == 0, peer.stderr()
+
+
+def test_an_unknown_build_may_fall_back(start, unknown_build):
+    peer = start(harness.Software(), PYTHONPATH=str(unknown_build), MC_EFA_SWAP_FALLBACK="1")
+    # The C++ transport finds no device here; that it is the one that looked is what counts.
+    assert peer.start_engine() == -1
+    assert "goes on with its own C++ transport" in peer.stderr()
+    assert "EfaTransport: No available EFA devices" in peer.stderr()
+    assert peer.serves() == []
+
+
+def test_an_unknown_build_can_be_vouched_for(start, unknown_build):
+    peer = start(harness.Software(), PYTHONPATH=str(unknown_build), MC_EFA_SWAP_LAYOUT="mooncake-0.3.13")
+    assert peer.start_engine() == 0, peer.stderr()
+    assert peer.serves() == ["engine.so"]
+    wrong = start(harness.Software(), PYTHONPATH=str(unknown_build), MC_EFA_SWAP_LAYOUT="none")
+    assert wrong.start_engine() == -1
+    assert "there is no layout none" in wrong.stderr()
