@@ -65,18 +65,18 @@ pub(super) fn choose(
         }
     }
     if wanted.is_empty() && asked.is_empty() {
+        let outward = |device: &&Device| !(device.info().speaks_ip() && device.name == "lo");
+        wanted = found.iter().filter(outward).cloned().collect();
+        if wanted.is_empty() {
+            wanted.clone_from(&found);
+        }
         if let Some(topology) = topology.filter(|topology| !topology.devices().is_empty()) {
             log::warn!(
                 "none of the topology's devices ({}) is one of provider {}; using {}",
                 topology.devices().join(", "),
                 config.provider,
-                list(&found)
+                list(&wanted)
             );
-        }
-        let outward = |device: &&Device| !(device.info().speaks_ip() && device.name == "lo");
-        wanted = found.iter().filter(outward).cloned().collect();
-        if wanted.is_empty() {
-            wanted.clone_from(&found);
         }
     }
     if !config.devices.is_empty() {
