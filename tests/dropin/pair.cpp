@@ -9,11 +9,13 @@
 // Each prints "ok WHAT" or "bad WHAT" a line, and exits with 1 after a bad one.
 
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -76,6 +78,16 @@ struct Peer {
             std::cout << "# submit: " << s.ToString() << std::endl;
             return false;
         }
+#ifdef USE_EVENT_DRIVEN_COMPLETION
+        // As Mooncake's store does: asleep until the last one wakes it.
+        auto &desc = Transport::toBatchDesc(batch);
+        std::unique_lock<std::mutex> lock(desc.completion_mutex);
+        if (!desc.completion_cv.wait_for(lock, std::chrono::seconds(30), [&] { return desc.is_finished.load(); })) {
+            std::cout << "# no wake-up" << std::endl;
+            return false;
+        }
+        lock.unlock();
+#endif
         bool good = true;
         for (size_t i = 0; i < requests.size(); ++i) {
             TransferStatus status;
