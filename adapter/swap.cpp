@@ -564,7 +564,8 @@ abi::Status swap_submit(void *self, const std::vector<abi::Task *> &tasks) {
     const std::string text = Adapter::error();
     const std::string line = "submission refused: " + text;
     to_log(1, line.c_str());
-    // None was started: all end here, so that the batch can be freed.
+    // None was started: all end here, so that the batch can be freed without a look at them.
+    for (abi::Task *task : tasks) task->is_finished = true;
     for (abi::Task *task : tasks) __atomic_fetch_add(&task->failed_slice_count, 1, __ATOMIC_ACQ_REL);
     return abi::Status(one->module.make_status.call, status_of(code), text);
 }
