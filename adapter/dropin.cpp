@@ -302,7 +302,8 @@ Status EfaTransport::submitTransferTask(const std::vector<TransferTask *> &task_
     if (code != 0) {
         LOG(ERROR) << "EfaTransport: submission refused: " << Adapter::error();
         const Status status = status_of(code);
-        // None was started: all end here, so that the batch can be freed.
+        // None was started: all end here, so that the batch can be freed without a look at them.
+        for (TransferTask *task : task_list) task->is_finished = true;
         for (const mefa_request &request : requests) reinterpret_cast<Slice *>(request.cookie)->markFailed();
         return status;
     }
@@ -343,8 +344,9 @@ EfaTransport::SegmentID EfaTransport::getSegmentID(const std::string &segment_na
     return metadata_->getSegmentID(segment_name);
 }
 
-// The next two are for Mooncake's tests and other callers; the library chooses NICs by itself.
+// The rest is for Mooncake's tests and other callers; the library chooses NICs by itself.
 
+#ifdef MOONCAKE_EFA_LOCAL_NIC_MAP
 std::unordered_map<std::string, std::vector<size_t>> EfaTransport::buildLocalNicMap(
     const TopologyMatrix &matrix, const std::vector<std::string> &device_names) {
     std::unordered_map<std::string, std::vector<size_t>> map;
@@ -358,6 +360,7 @@ std::unordered_map<std::string, std::vector<size_t>> EfaTransport::buildLocalNic
     }
     return map;
 }
+#endif
 
 int EfaTransport::selectDevice(SegmentDesc *desc, uint64_t offset, size_t length, std::string_view hint,
                                int &buffer_id, int &device_id, int retry_cnt) {

@@ -10,6 +10,7 @@ option(MOONCAKE_EFA_ALLOW_UNKNOWN "Try a Mooncake whose transport headers are no
 # Fingerprints of Mooncake's headers that the adapter was built and tested with.
 set(mooncake_efa_known
   23be59e4f3fffb28 # main at 3b5a594 (2026-08-22)
+  95b469b53a128b89 # v0.3.12, v0.3.12.post1
 )
 
 set(mooncake_efa_root "${CMAKE_CURRENT_LIST_DIR}/..")
@@ -19,7 +20,8 @@ function(mooncake_efa_stop why)
   message(FATAL_ERROR "mooncake-efa: ${why}")
 endfunction()
 
-# One fingerprint of the three headers, without comments and blanks.
+# One fingerprint of the three headers, without comments and blanks; and what of the transport came later
+# than the oldest known one.
 function(mooncake_efa_fingerprint out)
   set(dir "${CMAKE_SOURCE_DIR}/mooncake-transfer-engine/include")
   set(text "")
@@ -33,6 +35,9 @@ function(mooncake_efa_fingerprint out)
     string(REGEX REPLACE "[ \t\r\n]+" "" one "${one}")
     string(APPEND text "${one}")
   endforeach()
+  if(text MATCHES "buildLocalNicMap")
+    set(mooncake_efa_definitions MOONCAKE_EFA_LOCAL_NIC_MAP PARENT_SCOPE)
+  endif()
   string(SHA256 text "${text}")
   string(SUBSTRING "${text}" 0 16 text)
   set(${out} "${text}" PARENT_SCOPE)
@@ -170,6 +175,7 @@ function(mooncake_efa_drop_in)
   set_property(TARGET efa_transport PROPERTY SOURCES
     "${mooncake_efa_root}/adapter/dropin.cpp" "${mooncake_efa_root}/adapter/adapter.cpp")
   target_include_directories(efa_transport PRIVATE "${mooncake_efa_root}/adapter")
+  target_compile_definitions(efa_transport PRIVATE ${mooncake_efa_definitions})
   target_link_libraries(efa_transport PRIVATE MooncakeEfa::mooncake_efa)
   # The objects end up in transfer_engine, and with it in all that link it.
   target_link_libraries(transfer_engine PUBLIC MooncakeEfa::mooncake_efa)

@@ -140,6 +140,16 @@ int initiator(const std::string &name, int patience) {
         tell(written && back && holds(ours[0], size, size), "write of " + std::to_string(size) + ", read back");
     }
 
+    // A submission that is refused leaves nothing behind. (The C++ transport's batch cannot be freed then.)
+    std::vector<uint8_t> stranger(64);
+    const auto refused = peer.engine.allocateBatchID(2);
+    const Status said = peer.engine.submitTransfer(
+        refused, {{TransferRequest::READ, ours[0], id, theirs[0], 64},
+                  {TransferRequest::READ, stranger.data(), id, theirs[0], 64}});
+    std::cout << "# refused: " << said.ToString() << "; batch freed: " << peer.engine.freeBatchID(refused).ok()
+              << std::endl;
+    tell(!said.ok(), "memory that is not registered");
+
     // Everything, in pieces of all sizes, by four threads.
     for (const auto opcode : {TransferRequest::READ, TransferRequest::WRITE}) {
         const bool read = opcode == TransferRequest::READ;
