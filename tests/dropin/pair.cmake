@@ -1,5 +1,5 @@
-# Adds the programs `mooncake_efa_pair` and, where the drop-in is, `mooncake_efa_cost` to Mooncake's build: -DCMAKE_PROJECT_INCLUDE=<here>/pair.cmake, with
-# the drop-in beside it or without.
+# Adds the programs `mooncake_efa_pair` and, where the drop-in is, `mooncake_efa_cost` to Mooncake's build:
+# -DCMAKE_PROJECT_INCLUDE=<here>/pair.cmake, with the drop-in beside it or without.
 if(PROJECT_NAME STREQUAL "mooncake")
   set(mooncake_efa_pair "${CMAKE_CURRENT_LIST_DIR}/pair.cpp")
   set(mooncake_efa_cost "${CMAKE_CURRENT_LIST_DIR}/cost.cpp")
