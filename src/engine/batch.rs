@@ -119,6 +119,11 @@ pub(super) struct Task {
 /// How long after a deadline it is not left to the rail any more, nanoseconds: several of its looks.
 const OVERDUE: u64 = 200_000_000;
 
+/// Past a deadline by so much that its rail should have seen to it.
+fn late(now: u64, deadline: u64) -> bool {
+    now >= deadline.saturating_add(OVERDUE)
+}
+
 /// In a verdict: the group's status has been published.
 const PUBLISHED: u32 = 1 << 31;
 
@@ -143,6 +148,11 @@ pub const MAX_BATCH: u32 = 1 << (CLASSES - 1);
 const CLASSES: u32 = 21;
 const INDEX_BITS: u32 = 27;
 
+/// A slot's size class, and its index there.
+fn split(slot: u32) -> (usize, u32) {
+    ((slot >> INDEX_BITS) as usize, slot & ((1 << INDEX_BITS) - 1))
+}
+
 /// All batches, by size class (capacities rounded up to powers of two), so that one that is freed
 /// serves the next of its size without an allocation.
 pub(super) struct Batches {
@@ -154,7 +164,6 @@ pub(super) struct Batches {
 pub(super) struct Pin<'a> {
     all: &'a Batches,
     pub slot: u32,
-    generation: u32,
     pub batch: &'a Batch,
 }
 
@@ -202,14 +211,13 @@ impl Batches {
         let unknown = || {
             Error::invalid(format!("{:#x} is not a batch of this transport (or was freed)", id.0))
         };
-        let class = slot >> INDEX_BITS;
-        let table = self.classes.get(class as usize).ok_or_else(unknown)?;
-        let index = slot & ((1 << INDEX_BITS) - 1);
+        let (class, index) = split(slot);
+        let table = self.classes.get(class).ok_or_else(unknown)?;
         let batch = table.get(index, generation).ok_or_else(unknown)?;
         if !batch.hold_if_used() {
             return Err(unknown());
         }
-        let pin = Pin { all: self, slot, generation, batch };
+        let pin = Pin { all: self, slot, batch };
         // It may have been freed between the look-up and the hold.
         if table.get(index, generation).is_none() {
             return Err(unknown());
@@ -227,19 +235,16 @@ impl Batches {
                 format!("the batch has {unfinished} requests under way; wait or cancel first"),
             ));
         }
-        let (class, index) = (pin.slot >> INDEX_BITS, pin.slot & ((1 << INDEX_BITS) - 1));
-        if self.classes[class as usize].retire(index, pin.generation) {
-            self.release(pin.slot, pin.batch); // the caller's hold
-        }
+        self.detach(id);
         Ok(())
     }
 
     /// Gives up a batch's number now, and the batch when its last group ends.
     pub fn detach(&self, id: BatchId) {
         let (slot, generation) = self.seal.place(id.0);
-        let (class, index) = (slot >> INDEX_BITS, slot & ((1 << INDEX_BITS) - 1));
-        if self.classes[class as usize].retire(index, generation) {
-            self.release(slot, self.at(slot));
+        let (class, index) = split(slot);
+        if self.classes[class].retire(index, generation) {
+            self.release(slot, self.at(slot)); // the caller's hold
         }
     }
 
@@ -255,10 +260,8 @@ impl Batches {
     pub fn overdue(&self, now: u64, mut each: impl FnMut(Ended)) {
         for (class, table) in (0_u32..).zip(&self.classes) {
             for (index, batch) in (0_u32..).zip(table.iter()) {
-                let late = now >= batch.earliest.load(Ordering::Acquire).saturating_add(OVERDUE);
-                if late && batch.hold_if_used() {
-                    let pin =
-                        Pin { all: self, slot: class << INDEX_BITS | index, generation: 0, batch };
+                if batch.may_be_late(now) && batch.hold_if_used() {
+                    let pin = Pin { all: self, slot: class << INDEX_BITS | index, batch };
                     pin.overdue(now).for_each(&mut each);
                 }
             }
@@ -270,14 +273,14 @@ impl Batches {
             if batch.failed.load(Ordering::Relaxed) > 0 {
                 batch.failures.lock().clear();
             }
-            let (class, index) = (slot >> INDEX_BITS, slot & ((1 << INDEX_BITS) - 1));
-            self.classes[class as usize].give_back(index);
+            let (class, index) = split(slot);
+            self.classes[class].give_back(index);
         }
     }
 
     fn at(&self, slot: u32) -> &Batch {
-        let (class, index) = (slot >> INDEX_BITS, slot & ((1 << INDEX_BITS) - 1));
-        self.classes[class as usize].at(index).expect("a held batch's slot exists")
+        let (class, index) = split(slot);
+        self.classes[class].at(index).expect("a held batch's slot exists")
     }
 
     pub fn group(&self, group: GroupRef) -> &Task {
@@ -450,16 +453,11 @@ impl Pin<'_> {
     /// Groups whose deadline passed a while ago, each with a hold. Their rails see to deadlines
     /// themselves; these are for a rail whose driver does not come back from the provider.
     pub fn overdue(&self, now: u64) -> impl Iterator<Item = Ended> {
-        let late = move |deadline: u64| now >= deadline.saturating_add(OVERDUE);
-        let tasks: &[Task] = if late(self.batch.earliest.load(Ordering::Acquire)) {
-            self.batch.tasks()
-        } else {
-            &[]
-        };
+        let tasks: &[Task] = if self.batch.may_be_late(now) { self.batch.tasks() } else { &[] };
         (0..self.used()).zip(tasks).filter_map(move |(first, task)| {
             let pending = task.members.load(Ordering::Acquire) > 0
                 && task.status.load(Ordering::Acquire) == Status::Pending as u32
-                && late(task.deadline.load(Ordering::Relaxed));
+                && late(now, task.deadline.load(Ordering::Relaxed));
             pending.then(|| {
                 self.batch.holds.fetch_add(1, Ordering::Relaxed);
                 Ended::new(self.group_at(first), Status::Timeout)
@@ -474,6 +472,11 @@ impl Pin<'_> {
 }
 
 impl Batch {
+    /// A task may be [`late`]; false: none is.
+    fn may_be_late(&self, now: u64) -> bool {
+        late(now, self.earliest.load(Ordering::Acquire))
+    }
+
     /// One more hold, unless nobody has any.
     fn hold_if_used(&self) -> bool {
         let more = |holds| (holds > 0).then_some(holds + 1);

@@ -598,13 +598,10 @@ impl<N: Nic> Engine<N> {
         now: u64,
         deadline: u64,
     ) -> Result<(), Refusal> {
-        let Some(capacity) = u32::try_from(requests.len()).ok().filter(|&count| count > 0) else {
-            return match requests.len() {
-                0 => Ok(()),
-                _ => Err(Error::new(Code::TooManyRequests, "more than any batch holds").into()),
-            };
-        };
-        let batch = self.shared.batches.allocate(capacity)?;
+        if requests.len() == 0 {
+            return Ok(());
+        }
+        let batch = self.shared.batches.allocate(tasks(requests.len())?)?;
         let result = self.submit(batch, requests, now, deadline);
         self.shared.batches.detach(batch);
         result.map(drop)
@@ -619,8 +616,7 @@ impl<N: Nic> Engine<N> {
         deadline: u64,
     ) -> Result<u32, Refusal> {
         let pin = self.shared.batches.pin(batch)?;
-        let count = u32::try_from(requests.len())
-            .map_err(|_| Error::new(Code::TooManyRequests, "more requests than any batch holds"))?;
+        let count = tasks(requests.len())?;
         let locals = self.locals.load();
         let users = &self.shared.users;
         scratch.plan.build(requests, &locals, users, |id| self.target(id), self.settings.merge)?;
@@ -897,6 +893,12 @@ impl<N: Nic> Engine<N> {
             });
         }
     }
+}
+
+/// A count of requests as one of tasks.
+fn tasks(requests: usize) -> Result<u32> {
+    u32::try_from(requests)
+        .map_err(|_| Error::new(Code::TooManyRequests, "more requests than any batch holds"))
 }
 
 fn unknown_target(id: TargetId) -> Error {
