@@ -7,9 +7,24 @@
 namespace mooncake_efa::adapter {
 namespace {
 
-// Mooncake has no number for these two of ours.
-int code_of(int code) {
+void (*log_sink)(int level, const char *text) noexcept;
+
+// Of this thread's last failure.
+thread_local std::string last_error;
+
+// Keeps why something failed; its code. Mooncake has no number for two of the library's.
+int because(int code, std::string why) {
+    last_error = std::move(why);
     return code == MEFA_CODE_TIMEOUT || code == MEFA_CODE_INTERNAL ? int(MEFA_CODE_CONTEXT) : code;
+}
+
+// The same for a code of the library's, which says why.
+int checked(int code) { return code == 0 ? 0 : because(code, mefa_last_error()); }
+
+// Logs what failed, if it did.
+int told(const std::string &what, int code) {
+    if (code != 0 && log_sink != nullptr) log_sink(1, (what + ": " + last_error).c_str());
+    return code;
 }
 
 // A callback of the library's: an exception must not pass through it.
@@ -24,8 +39,6 @@ template <class F> int guarded(F f) noexcept {
 void keep_text(void *text, const char *from, std::size_t length) noexcept {
     static_cast<std::string *>(text)->assign(from, length);
 }
-
-using Answered = std::function<void(const mefa_handshake &)>;
 
 void give_fields(void *answered, const mefa_handshake *fields) noexcept {
     (*static_cast<const Answered *>(answered))(*fields);
@@ -66,26 +79,23 @@ Adapter::~Adapter() {
     if (transport_ != 0) mefa_uninstall(transport_);
 }
 
-int Adapter::install(const std::string &server_name, const std::string &topology_json,
-                     const std::vector<std::string> &devices) {
-    std::vector<const char *> names;
-    for (const std::string &name : devices) names.push_back(name.c_str());
+int Adapter::install(const std::string &server_name, const std::string &topology_json) {
+    server_name_ = server_name;
     mefa_config config = {};
     config.size = sizeof config;
     config.server_name = server_name.c_str();
     config.topology_json = topology_json.c_str();
-    config.devices = names.data();
-    config.device_count = names.size();
     config.fetch_segment = fetch_segment;
     config.handshake = handshake;
     config.on_completion = finished;
     config.context = &host_;
-    if (const int code = mefa_install(&config, &transport_)) return code_of(code);
     const auto keep_names = [](void *to, const mefa_segment_desc *desc) noexcept {
         for (std::size_t i = 0; i < desc->device_count; ++i)
             static_cast<std::vector<std::string> *>(to)->push_back(desc->devices[i].name);
     };
-    return code_of(mefa_descriptor(transport_, keep_names, &nics_));
+    int code = checked(mefa_install(&config, &transport_));
+    if (code == 0) code = checked(mefa_descriptor(transport_, keep_names, &nics_));
+    return told("cannot be installed", code);
 }
 
 int Adapter::publish(bool advertise) {
@@ -95,44 +105,51 @@ int Adapter::publish(bool advertise) {
         int code;
     } call{host_, advertise, 0};
     const std::lock_guard<std::mutex> lock(publishing_);
-    const int code = mefa_descriptor(
+    int code = checked(mefa_descriptor(
         transport_,
         [](void *to, const mefa_segment_desc *desc) noexcept {
             Call &ours = *static_cast<Call *>(to);
             ours.code = guarded([&] { return ours.host.publish(*desc, ours.advertise); });
         },
-        &call);
-    return code != 0 ? code_of(code) : call.code;
+        &call));
+    if (code == 0 && call.code != 0)
+        code = because(call.code, "Mooncake's metadata answered " + std::to_string(call.code));
+    return told("our segment " + server_name_ + " cannot be published", code);
 }
 
 int Adapter::add_memory(const std::vector<mefa_memory> &memories, bool advertise) {
-    if (const int code = mefa_register_many(transport_, memories.data(), memories.size(), nullptr, nullptr))
-        return code_of(code);
-    return publish(advertise);
+    const int code =
+        checked(mefa_register_many(transport_, memories.data(), memories.size(), nullptr, nullptr));
+    return code != 0 ? told("memory cannot be registered", code) : publish(advertise);
 }
 
 int Adapter::remove_memory(const std::vector<void *> &addresses, bool advertise) {
-    const int code = mefa_unregister_many(transport_, addresses.data(), addresses.size());
+    const int code = checked(mefa_unregister_many(transport_, addresses.data(), addresses.size()));
+    told("memory cannot be unregistered", code);
     const int published = publish(advertise);
-    return code != 0 ? code_of(code) : published;
+    return code != 0 ? code : published;
 }
 
 int Adapter::submit(std::vector<mefa_request> &requests) {
     std::uint64_t id = 0;
     mefa_segment segment = 0;
+    int code = 0;
     for (mefa_request &request : requests) {
         if (segment == 0 || request.target != id) {
             id = request.target;
-            if (const int code = find(id, &segment)) return code;
+            code = find(id, &segment);
+            if (code != 0) break;
         }
         request.target = segment;
     }
-    return code_of(mefa_submit(transport_, 0, requests.data(), requests.size(), 0));
+    if (code == 0) code = checked(mefa_submit(transport_, 0, requests.data(), requests.size(), 0));
+    return code == 0 ? 0 : told("submission refused", code);
 }
 
 int Adapter::find(std::uint64_t id, mefa_segment *segment) {
     const std::shared_ptr<void> descriptor = host_.segment(id);
-    if (!descriptor) return MEFA_CODE_METADATA;
+    if (!descriptor)
+        return because(MEFA_CODE_METADATA, "Mooncake's metadata has no segment with id " + std::to_string(id));
     {
         const std::shared_lock<std::shared_mutex> lock(mutex_);
         const auto known = known_.find(id);
@@ -150,34 +167,39 @@ int Adapter::learn(std::uint64_t id, const std::shared_ptr<void> &descriptor, me
     const std::unique_lock<std::shared_mutex> lock(mutex_);
     const auto known = known_.find(id);
     if (known == known_.end()) {
-        if (const int code = mefa_segment_open_json(transport_, json.c_str(), segment)) return code_of(code);
+        if (const int code = checked(mefa_segment_open_json(transport_, json.c_str(), segment))) return code;
         known_.emplace(id, Known{descriptor, *segment});
         return 0;
     }
     *segment = known->second.segment;
-    if (const int code = mefa_segment_update_json(transport_, *segment, json.c_str())) return code_of(code);
+    if (const int code = checked(mefa_segment_update_json(transport_, *segment, json.c_str()))) return code;
     known->second.descriptor = descriptor;
     return 0;
 }
 
-int Adapter::warm_up(std::uint64_t id) {
+int Adapter::warm_up(const std::string &name) {
+    if (name.empty() || name == server_name_) return 0;
     mefa_segment segment = 0;
-    if (const int code = find(id, &segment)) return code;
-    return code_of(mefa_segment_warm_up(transport_, segment));
+    const std::optional<std::uint64_t> id = host_.segment_id(name);
+    int code = id ? find(*id, &segment) : because(MEFA_CODE_INVALID_ARGUMENT, "it is not in the metadata");
+    if (code == 0) code = checked(mefa_segment_warm_up(transport_, segment));
+    return told("warm-up of segment " + name, code);
 }
 
-int Adapter::answer(const mefa_handshake &request, const Answered &answered) {
+int Adapter::answer_fields(const mefa_handshake &request, const Answered &answered) {
     std::string asked, answer;
-    if (const int code = mefa_handshake_format(&request, keep_text, &asked)) return code_of(code);
-    if (const int code = mefa_handshake_answer(transport_, asked.c_str(), keep_text, &answer))
-        return code_of(code);
-    return code_of(mefa_handshake_parse(answer.c_str(), give_fields, const_cast<Answered *>(&answered)));
+    int code = checked(mefa_handshake_format(&request, keep_text, &asked));
+    if (code == 0) code = checked(mefa_handshake_answer(transport_, asked.c_str(), keep_text, &answer));
+    if (code == 0)
+        code = checked(mefa_handshake_parse(answer.c_str(), give_fields, const_cast<Answered *>(&answered)));
+    return told("a handshake cannot be answered", code);
 }
+
+const char *Adapter::error() { return last_error.c_str(); }
 
 void log_to(void (*sink)(int level, const char *text) noexcept) {
-    static void (*ours)(int, const char *) noexcept;
-    ours = sink;
-    mefa_log_to([](void *, int level, const char *text) noexcept { ours(level, text); }, nullptr);
+    log_sink = sink;
+    mefa_log_to([](void *, int level, const char *text) noexcept { log_sink(level, text); }, nullptr);
 }
 
 } // namespace mooncake_efa::adapter

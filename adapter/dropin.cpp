@@ -17,7 +17,8 @@
 #include "memory_location.h"
 
 namespace mooncake {
-using mooncake_efa::adapter::Adapter;
+namespace adapter = mooncake_efa::adapter;
+using adapter::Adapter;
 
 namespace {
 
@@ -34,27 +35,8 @@ void to_glog(int level, const char *text) noexcept {
     }
 }
 
-Status status_of(int code) {
-    if (code == 0) return Status::OK();
-    const auto number = code == ERR_NOT_IMPLEMENTED ? Status::Code::kNotImplemented
-                                                    : static_cast<Status::Code>(-code);
-    return Status(number, Adapter::error());
-}
-
 const SegmentDesc &as_segment(const std::shared_ptr<void> &descriptor) {
     return *static_cast<const SegmentDesc *>(descriptor.get());
-}
-
-mefa_handshake fields_of(const HandShakeDesc &desc) {
-    return {sizeof(mefa_handshake), desc.local_nic_path.c_str(), desc.peer_nic_path.c_str(),
-            desc.efa_addr.c_str(), desc.reply_msg.c_str()};
-}
-
-void set_fields(HandShakeDesc &desc, const mefa_handshake &fields) {
-    desc.local_nic_path = fields.local_nic_path;
-    desc.peer_nic_path = fields.peer_nic_path;
-    desc.efa_addr = fields.efa_addr;
-    desc.reply_msg = fields.reply_msg;
 }
 
 } // namespace
@@ -67,6 +49,11 @@ public:
         : metadata_(std::move(metadata)), name_(std::move(name)), adapter(*this) {}
 
     std::shared_ptr<void> segment(std::uint64_t id) override { return metadata_->getSegmentDescByID(id); }
+
+    std::optional<std::uint64_t> segment_id(const std::string &name) override {
+        if (!metadata_->getSegmentDescByName(name)) return std::nullopt;
+        return metadata_->getSegmentID(name);
+    }
 
     std::shared_ptr<void> fetch(const std::string &name) override {
         return metadata_->getSegmentDescByName(name, true);
@@ -128,15 +115,10 @@ public:
         return code != 0 || !advertise ? code : metadata_->updateLocalSegmentDesc();
     }
 
-    int handshake(const char *server, const mefa_handshake &ours,
-                  const std::function<void(const mefa_handshake &)> &answered) override {
-        HandShakeDesc request, answer;
-        set_fields(request, ours);
-        const int code = metadata_->sendHandshake(server, request, answer);
-        // A refusal is an error too, with an answer that says why.
-        if (code != 0 && answer.reply_msg.empty()) return code;
-        answered(fields_of(answer));
-        return 0;
+    int handshake(const char *server, const mefa_handshake &ours, const adapter::Answered &answered) override {
+        return adapter::shake_hands<HandShakeDesc>(ours, answered, [&](const HandShakeDesc &request, HandShakeDesc &answer) {
+            return metadata_->sendHandshake(server, request, answer);
+        });
     }
 
     void finished(const mefa_completion *completions, size_t count) noexcept override {
@@ -179,21 +161,19 @@ int EfaTransport::install(std::string &local_server_name, std::shared_ptr<Transf
     metadata_ = meta;
     local_server_name_ = local_server_name;
     local_topology_ = topo;
-    mooncake_efa::adapter::log_to(to_glog);
+    adapter::log_to(to_glog);
     int code = initializeEfaResources();
     if (code == 0) code = allocateLocalSegmentID();
     if (code == 0) code = startHandshakeDaemon(local_server_name);
-    if (code == 0) code = metadata_->updateLocalSegmentDesc();
-    if (code != 0) {
-        LOG(ERROR) << "EfaTransport: cannot be installed (" << code << "): " << Adapter::error();
-        context_list_.clear();
-    }
+    // Advertised last: from then on peers may call.
+    if (code == 0) code = context_list_.front()->adapter.publish(true);
+    if (code != 0) context_list_.clear();
     return code;
 }
 
 int EfaTransport::initializeEfaResources() {
     auto context = std::make_shared<EfaContext>(metadata_, local_server_name_);
-    const int code = context->adapter.install(local_server_name_, local_topology_->toString(), {});
+    const int code = context->adapter.install(local_server_name_, local_topology_->toString());
     if (code != 0) return code;
     // The engine's own topology tells no more than what is in use.
     const auto &nics = context->adapter.nics();
@@ -207,17 +187,18 @@ int EfaTransport::initializeEfaResources() {
 int EfaTransport::allocateLocalSegmentID() { return context_list_.front()->adapter.publish(false); }
 
 int EfaTransport::startHandshakeDaemon(std::string &) {
-    return metadata_->startHandshakeDaemon(
+    const auto &rpc = metadata_->localRpcMeta();
+    const int code = metadata_->startHandshakeDaemon(
         [this](const HandShakeDesc &peer, HandShakeDesc &local) { return onSetupEfaConnections(peer, local); },
-        metadata_->localRpcMeta().rpc_port, metadata_->localRpcMeta().sockfd);
+        rpc.rpc_port, rpc.sockfd);
+    if (code != 0)
+        LOG(ERROR) << "EfaTransport: handshakes cannot be received on port " << rpc.rpc_port << " (" << code << ")";
+    return code;
 }
 
 int EfaTransport::onSetupEfaConnections(const HandShakeDesc &peer_desc, HandShakeDesc &local_desc) {
     if (context_list_.empty()) return ERR_ENDPOINT;
-    const int code = context_list_.front()->adapter.answer(
-        fields_of(peer_desc), [&](const mefa_handshake &answer) { set_fields(local_desc, answer); });
-    if (code != 0) local_desc.reply_msg = Adapter::error();
-    return code;
+    return context_list_.front()->adapter.answer(peer_desc, local_desc);
 }
 
 int EfaTransport::registerLocalMemory(void *addr, size_t length, const std::string &location, bool,
@@ -229,11 +210,7 @@ int EfaTransport::registerLocalMemory(void *addr, size_t length, const std::stri
 int EfaTransport::registerLocalMemoryBatch(const std::vector<BufferEntry> &buffer_list,
                                            const std::string &location) {
     if (context_list_.empty()) return ERR_CONTEXT;
-    std::vector<mefa_memory> memories;
-    memories.reserve(buffer_list.size());
-    for (const BufferEntry &buffer : buffer_list)
-        memories.push_back({buffer.addr, buffer.length, location.c_str()});
-    return context_list_.front()->adapter.add_memory(memories, true);
+    return context_list_.front()->adapter.add_memory(buffer_list, location);
 }
 
 int EfaTransport::unregisterLocalMemory(void *addr, bool update_metadata) {
@@ -248,12 +225,7 @@ int EfaTransport::unregisterLocalMemoryBatch(const std::vector<void *> &addr_lis
 
 int EfaTransport::warmupSegment(const std::string &segment_name) {
     if (context_list_.empty()) return ERR_INVALID_ARGUMENT;
-    if (segment_name.empty() || segment_name == local_server_name_) return 0;
-    if (!metadata_->getSegmentDescByName(segment_name)) {
-        LOG(ERROR) << "EfaTransport: warm-up of segment " << segment_name << ": it is not in the metadata";
-        return ERR_INVALID_ARGUMENT;
-    }
-    return context_list_.front()->adapter.warm_up(metadata_->getSegmentID(segment_name));
+    return context_list_.front()->adapter.warm_up(segment_name);
 }
 
 Status EfaTransport::submitTransfer(BatchID batch_id, const std::vector<TransferRequest> &entries) {
@@ -300,8 +272,7 @@ Status EfaTransport::submitTransferTask(const std::vector<TransferTask *> &task_
     }
     const int code = context_list_.front()->adapter.submit(requests);
     if (code != 0) {
-        LOG(ERROR) << "EfaTransport: submission refused: " << Adapter::error();
-        const Status status = status_of(code);
+        const Status status(static_cast<Status::Code>(adapter::status_of(code)), Adapter::error());
         // None was started: all end here, so that the batch can be freed without a look at them.
         for (TransferTask *task : task_list) task->is_finished = true;
         for (const mefa_request &request : requests) reinterpret_cast<Slice *>(request.cookie)->markFailed();

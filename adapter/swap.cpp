@@ -25,11 +25,24 @@
 #include "abi/mooncake.h"
 #include "adapter.h"
 
-// Where a symbol's first 63 characters end does not matter to the linker, but to a reader: one line each.
-#define METHOD(name) asm("_ZN8mooncake12EfaTransport" name)
+#define EXPORT __attribute__((visibility("default"), used))
+// Parts of mangled names: const std::string &, std::string &, what both install methods take.
 #define STRING "RKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"
 #define MUTABLE_STRING "RNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"
-#define EXPORT __attribute__((visibility("default"), used))
+#define INSTALL "7installE" MUTABLE_STRING "St10shared_ptrINS_16TransferMetadataEES8_INS_8TopologyEE"
+// The methods whose place we take: what we define, and what we call in the binary where we do not serve it.
+#define EFA "_ZN8mooncake12EfaTransport"
+#define EFA_INSTALL EFA INSTALL
+#define EFA_REGISTER_ONE EFA "19registerLocalMemoryEPvm" STRING "bb"
+#define EFA_UNREGISTER_ONE EFA "21unregisterLocalMemoryEPvb"
+#define EFA_REGISTER_MANY EFA "24registerLocalMemoryBatchERKSt6vectorINS_9Transport11BufferEntryESaIS3_EE" STRING
+#define EFA_UNREGISTER_MANY EFA "26unregisterLocalMemoryBatchERKSt6vectorIPvSaIS2_EE"
+#define EFA_SUBMIT EFA "18submitTransferTaskERKSt6vectorIPNS_9Transport12TransferTaskESaIS4_EE"
+#define EFA_STATUS EFA "17getTransferStatusEmmRNS_9Transport14TransferStatusE"
+#define EFA_WARM_UP EFA "13warmupSegmentE" STRING
+#define EFA_ANSWER EFA "21onSetupEfaConnectionsERKNS_16TransferMetadata13HandShakeDescERS2_"
+#define EFA_DESTROY EFA "D1Ev"
+#define EFA_DESTROY_AND_FREE EFA "D0Ev"
 
 namespace {
 
@@ -39,16 +52,12 @@ using Shared = std::shared_ptr<void>;
 
 // What abi/hosts.tsv knows.
 struct KnownHost {
-    const char *build_id, *layout, *what;
+    const char *build_id, *layout;
 };
 constexpr KnownHost known_hosts[] = {
 #include "hosts.inc"
-    {nullptr, nullptr, nullptr},
+    {nullptr, nullptr},
 };
-
-// Mooncake's error numbers that are not ours too.
-constexpr int not_implemented = MEFA_CODE_NOT_IMPLEMENTED;
-constexpr std::uint16_t status_not_implemented = 999, status_context = 202;
 
 // ---- the binary that we are in
 
@@ -72,31 +81,25 @@ struct Module {
     // Laid out as 0.3.12, not as 0.3.13.
     bool is_312 = false;
 
+    // The binary's JSON reader: one for good, as its destructor is not exported. Larger than any release's.
+    std::mutex reading;
+    alignas(16) char reader[8192];
+
     // The C++ class.
-    Function<int(void *, std::string &, Shared, Shared)> install{
-        "_ZN8mooncake12EfaTransport7installE" MUTABLE_STRING
-        "St10shared_ptrINS_16TransferMetadataEES8_INS_8TopologyEE"};
-    Function<int(void *, void *, std::size_t, const std::string &, bool, bool)> register_one{
-        "_ZN8mooncake12EfaTransport19registerLocalMemoryEPvm" STRING "bb"};
-    Function<int(void *, void *, bool)> unregister_one{"_ZN8mooncake12EfaTransport21unregisterLocalMemoryEPvb"};
-    Function<int(void *, const std::vector<abi::Buffer> &, const std::string &)> register_many{
-        "_ZN8mooncake12EfaTransport24registerLocalMemoryBatchERKSt6vectorINS_9Transport11BufferEntryESaIS3_EE" STRING};
-    Function<int(void *, const std::vector<void *> &)> unregister_many{
-        "_ZN8mooncake12EfaTransport26unregisterLocalMemoryBatchERKSt6vectorIPvSaIS2_EE"};
-    Function<abi::Status(void *, const std::vector<abi::Task *> &)> submit{
-        "_ZN8mooncake12EfaTransport18submitTransferTaskERKSt6vectorIPNS_9Transport12TransferTaskESaIS4_EE"};
-    Function<abi::Status(void *, std::uint64_t, std::size_t, abi::TaskStatus &)> status{
-        "_ZN8mooncake12EfaTransport17getTransferStatusEmmRNS_9Transport14TransferStatusE"};
-    Function<int(void *, const std::string &)> warm_up{"_ZN8mooncake12EfaTransport13warmupSegmentE" STRING};
-    Function<int(void *, const void *, void *)> answer{
-        "_ZN8mooncake12EfaTransport21onSetupEfaConnectionsERKNS_16TransferMetadata13HandShakeDescERS2_"};
-    Function<int(void *, std::string &)> start_handshakes{
-        "_ZN8mooncake12EfaTransport20startHandshakeDaemonE" MUTABLE_STRING};
-    Function<void(void *)> destroy{"_ZN8mooncake12EfaTransportD1Ev"};
-    Function<void(void *)> destroy_and_free{"_ZN8mooncake12EfaTransportD0Ev"};
+    Function<int(void *, std::string &, Shared, Shared)> install{EFA_INSTALL};
+    Function<int(void *, void *, std::size_t, const std::string &, bool, bool)> register_one{EFA_REGISTER_ONE};
+    Function<int(void *, void *, bool)> unregister_one{EFA_UNREGISTER_ONE};
+    Function<int(void *, const std::vector<abi::Buffer> &, const std::string &)> register_many{EFA_REGISTER_MANY};
+    Function<int(void *, const std::vector<void *> &)> unregister_many{EFA_UNREGISTER_MANY};
+    Function<abi::Status(void *, const std::vector<abi::Task *> &)> submit{EFA_SUBMIT};
+    Function<abi::Status(void *, std::uint64_t, std::size_t, abi::TaskStatus &)> status{EFA_STATUS};
+    Function<int(void *, const std::string &)> warm_up{EFA_WARM_UP};
+    Function<int(void *, const void *, void *)> answer{EFA_ANSWER};
+    Function<int(void *, std::string &)> start_handshakes{EFA "20startHandshakeDaemonE" MUTABLE_STRING};
+    Function<void(void *)> destroy{EFA_DESTROY};
+    Function<void(void *)> destroy_and_free{EFA_DESTROY_AND_FREE};
     // What it stands on.
-    Function<int(void *, std::string &, Shared, Shared)> base_install{
-        "_ZN8mooncake9Transport7installE" MUTABLE_STRING "St10shared_ptrINS_16TransferMetadataEES8_INS_8TopologyEE"};
+    Function<int(void *, std::string &, Shared, Shared)> base_install{"_ZN8mooncake9Transport" INSTALL};
     Function<std::string(const void *)> topology_text{"_ZNK8mooncake8Topology8toStringB5cxx11Ev"};
     Function<Shared(void *, std::uint64_t, bool)> segment_by_id{
         "_ZN8mooncake16TransferMetadata18getSegmentDescByIDEmb"};
@@ -228,6 +231,8 @@ void recognise(Module &module) {
         });
         if (!whole || !missing.empty())
             module.refusal = "it does not export what is needed (" + (whole ? missing : "the transport") + ")";
+        else
+            module.json_reader_make(module.reader);
     }
     // The log is no condition.
     if (!(module.find(module.log_make) && module.find(module.log_stream) && module.find(module.log_end)))
@@ -259,7 +264,7 @@ Module &module_of(const void *address) {
 // A value of the binary's JSON library, whose size we do not know; it is much smaller than this.
 class Json {
 public:
-    explicit Json(const Module &module) : module_(module) {
+    explicit Json(Module &module) : module_(module) {
         constexpr int object = 7;
         module_.json_make(storage_, object);
     }
@@ -268,21 +273,13 @@ public:
     Json &operator=(const Json &) = delete;
     void *raw() { return storage_; }
     bool read(const std::string &text) {
-        // One reader for good, as its destructor is not exported.
-        static std::mutex mutex;
-        alignas(16) static char reader[8192];
-        static const Module *maker;
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (maker != &module_) {
-            module_.json_reader_make(reader);
-            maker = &module_;
-        }
-        return module_.json_read(reader, text, storage_, false);
+        const std::lock_guard<std::mutex> lock(module_.reading);
+        return module_.json_read(module_.reader, text, storage_, false);
     }
     std::string text() const { return module_.json_text(storage_); }
 
 private:
-    const Module &module_;
+    Module &module_;
     alignas(16) char storage_[256];
 };
 
@@ -292,6 +289,10 @@ public:
         : module(module), self(self), name_(std::move(name)), metadata_(std::move(metadata)), adapter(*this) {}
 
     Shared segment(std::uint64_t id) override { return module.segment_by_id(metadata_.get(), id, false); }
+    std::optional<std::uint64_t> segment_id(const std::string &name) override {
+        if (!module.segment_by_name(metadata_.get(), name, false)) return std::nullopt;
+        return module.segment_id(metadata_.get(), name);
+    }
     Shared fetch(const std::string &name) override {
         return module.segment_by_name(metadata_.get(), name, true);
     }
@@ -317,23 +318,12 @@ public:
         const int set = module.set_local_segment(metadata_.get(), local, name_, std::move(descriptor));
         return set != 0 || !advertise ? set : module.advertise(metadata_.get(), local);
     }
-    int handshake(const char *server, const mefa_handshake &ours,
-                  const std::function<void(const mefa_handshake &)> &answered) override {
-        return module.is_312 ? shake<abi::Handshake312>(server, ours, answered)
-                             : shake<abi::Handshake>(server, ours, answered);
-    }
-    template <class Handshake>
-    int shake(const char *server, const mefa_handshake &ours,
-              const std::function<void(const mefa_handshake &)> &answered) {
-        Handshake request, answer;
-        request.local_nic_path = ours.local_nic_path;
-        request.peer_nic_path = ours.peer_nic_path;
-        request.efa_addr = ours.efa_addr;
-        const int code = module.send_handshake(metadata_.get(), server, &request, &answer);
-        // A refusal is an error too, with an answer that says why.
-        if (code != 0 && answer.reply_msg.empty()) return code;
-        answered(fields_of(answer));
-        return 0;
+    int handshake(const char *server, const mefa_handshake &ours, const adapter::Answered &answered) override {
+        const auto send = [&](const auto &request, auto &answer) {
+            return module.send_handshake(metadata_.get(), server, &request, &answer);
+        };
+        return module.is_312 ? adapter::shake_hands<abi::Handshake312>(ours, answered, send)
+                             : adapter::shake_hands<abi::Handshake>(ours, answered, send);
     }
     void finished(const mefa_completion *completions, std::size_t count) noexcept override {
         for (const mefa_completion *it = completions; it != completions + count; ++it) {
@@ -346,26 +336,8 @@ public:
         }
     }
 
-    template <class Handshake> static mefa_handshake fields_of(const Handshake &desc) {
-        return {sizeof(mefa_handshake), desc.local_nic_path.c_str(), desc.peer_nic_path.c_str(),
-                desc.efa_addr.c_str(), desc.reply_msg.c_str()};
-    }
-    template <class Handshake> int answer(const void *peer, void *to) {
-        auto &local = *static_cast<Handshake *>(to);
-        const auto &asked = *static_cast<const Handshake *>(peer);
-        const int code = adapter.answer(fields_of(asked), [&](const mefa_handshake &answer) {
-            local.local_nic_path = answer.local_nic_path;
-            local.peer_nic_path = answer.peer_nic_path;
-            local.efa_addr = answer.efa_addr;
-            local.reply_msg = answer.reply_msg;
-        });
-        if (code != 0) local.reply_msg = Adapter::error();
-        return code;
-    }
-    int warm_up(const std::string &name) {
-        if (name.empty() || name == name_) return 0;
-        if (!module.segment_by_name(metadata_.get(), name, false)) return MEFA_CODE_INVALID_ARGUMENT;
-        return adapter.warm_up(module.segment_id(metadata_.get(), name));
+    template <class Handshake> int answer(const void *peer, void *local) {
+        return adapter.answer(*static_cast<const Handshake *>(peer), *static_cast<Handshake *>(local));
     }
 
     Module &module;
@@ -447,7 +419,7 @@ int refuse(void *self, const Module &module) {
     to_log(1, text.c_str());
     const std::lock_guard<std::mutex> lock(table_mutex);
     refused.push_back(self);
-    return not_implemented;
+    return MEFA_CODE_NOT_IMPLEMENTED;
 }
 
 int install(void *self, std::string &name, Shared metadata, Shared topology, Module &module) {
@@ -466,12 +438,9 @@ int install(void *self, std::string &name, Shared metadata, Shared topology, Mod
     if (const int code = module.base_install(self, name, metadata, topology)) return code;
     adapter::log_to(to_log);
     auto one = std::make_unique<Installed>(module, self, name, std::move(metadata));
-    int code = one->adapter.install(name, module.topology_text(topology.get()), {});
+    int code = one->adapter.install(name, module.topology_text(topology.get()));
     if (code == 0) code = one->adapter.publish(false);
-    if (code != 0) {
-        to_log(1, Adapter::error());
-        return code;
-    }
+    if (code != 0) return code;
     Installed *const raw = one.get();
     if (!add(raw)) {
         to_log(1, "too many transports in this process");
@@ -481,17 +450,10 @@ int install(void *self, std::string &name, Shared metadata, Shared topology, Mod
     to_log(3, (std::string("mooncake-efa ") + mefa_version() + " serves protocol efa in " + module.path).c_str());
     // From here on peers may call.
     code = module.start_handshakes(self, name);
+    if (code != 0) to_log(1, ("handshakes cannot be received (" + std::to_string(code) + ")").c_str());
     if (code == 0) code = raw->adapter.publish(true);
-    if (code != 0) {
-        to_log(1, "the handshake port or the metadata service cannot be used");
-        take(self);
-    }
+    if (code != 0) take(self);
     return code;
-}
-
-std::uint16_t status_of(int code) {
-    if (code == not_implemented) return status_not_implemented;
-    return code == 0 || code < -999 ? status_context : static_cast<std::uint16_t>(-code);
 }
 
 } // namespace
@@ -502,14 +464,13 @@ std::uint16_t status_of(int code) {
 
 #define CALLER module_of(__builtin_return_address(0))
 
-EXPORT int swap_install(void *self, std::string &name, Shared metadata, Shared topology) METHOD(
-    "7installE" MUTABLE_STRING "St10shared_ptrINS_16TransferMetadataEES8_INS_8TopologyEE");
+EXPORT int swap_install(void *self, std::string &name, Shared metadata, Shared topology) asm(EFA_INSTALL);
 int swap_install(void *self, std::string &name, Shared metadata, Shared topology) {
     return install(self, name, std::move(metadata), std::move(topology), CALLER);
 }
 
 EXPORT int swap_register_one(void *self, void *address, std::size_t length, const std::string &location,
-                             bool remote, bool advertise) METHOD("19registerLocalMemoryEPvm" STRING "bb");
+                             bool remote, bool advertise) asm(EFA_REGISTER_ONE);
 int swap_register_one(void *self, void *address, std::size_t length, const std::string &location, bool remote,
                       bool advertise) {
     if (Installed *one = installed(self))
@@ -518,33 +479,29 @@ int swap_register_one(void *self, void *address, std::size_t length, const std::
 }
 
 EXPORT int swap_unregister_one(void *self, void *address, bool advertise)
-    METHOD("21unregisterLocalMemoryEPvb");
+    asm(EFA_UNREGISTER_ONE);
 int swap_unregister_one(void *self, void *address, bool advertise) {
     if (Installed *one = installed(self)) return one->adapter.remove_memory({address}, advertise);
     return CALLER.unregister_one(self, address, advertise);
 }
 
 EXPORT int swap_register_many(void *self, const std::vector<abi::Buffer> &buffers, const std::string &location)
-    METHOD("24registerLocalMemoryBatchERKSt6vectorINS_9Transport11BufferEntryESaIS3_EE" STRING);
+    asm(EFA_REGISTER_MANY);
 int swap_register_many(void *self, const std::vector<abi::Buffer> &buffers, const std::string &location) {
     Installed *one = installed(self);
     if (one == nullptr) return CALLER.register_many(self, buffers, location);
-    std::vector<mefa_memory> memories;
-    memories.reserve(buffers.size());
-    for (const abi::Buffer &buffer : buffers)
-        memories.push_back({buffer.address, buffer.length, location.c_str()});
-    return one->adapter.add_memory(memories, true);
+    return one->adapter.add_memory(buffers, location);
 }
 
 EXPORT int swap_unregister_many(void *self, const std::vector<void *> &addresses)
-    METHOD("26unregisterLocalMemoryBatchERKSt6vectorIPvSaIS2_EE");
+    asm(EFA_UNREGISTER_MANY);
 int swap_unregister_many(void *self, const std::vector<void *> &addresses) {
     if (Installed *one = installed(self)) return one->adapter.remove_memory(addresses, true);
     return CALLER.unregister_many(self, addresses);
 }
 
 EXPORT abi::Status swap_submit(void *self, const std::vector<abi::Task *> &tasks)
-    METHOD("18submitTransferTaskERKSt6vectorIPNS_9Transport12TransferTaskESaIS4_EE");
+    asm(EFA_SUBMIT);
 abi::Status swap_submit(void *self, const std::vector<abi::Task *> &tasks) {
     Installed *one = installed(self);
     if (one == nullptr) return CALLER.submit(self, tasks);
@@ -561,42 +518,37 @@ abi::Status swap_submit(void *self, const std::vector<abi::Task *> &tasks) {
     }
     const int code = one->adapter.submit(requests);
     if (code == 0) return abi::Status();
-    const std::string text = Adapter::error();
-    const std::string line = "submission refused: " + text;
-    to_log(1, line.c_str());
     // None was started: all end here, so that the batch can be freed without a look at them.
     for (abi::Task *task : tasks) task->is_finished = true;
     for (abi::Task *task : tasks) __atomic_fetch_add(&task->failed_slice_count, 1, __ATOMIC_ACQ_REL);
-    return abi::Status(one->module.make_status.call, status_of(code), text);
+    return abi::Status(one->module.make_status.call, adapter::status_of(code), Adapter::error());
 }
 
 EXPORT abi::Status swap_status(void *self, std::uint64_t batch, std::size_t task, abi::TaskStatus &status)
-    METHOD("17getTransferStatusEmmRNS_9Transport14TransferStatusE");
+    asm(EFA_STATUS);
 abi::Status swap_status(void *self, std::uint64_t batch, std::size_t task, abi::TaskStatus &status) {
     Installed *one = installed(self);
     if (one == nullptr) return CALLER.status(self, batch, task, status);
     // The binary's own reads the task's counters; if it is not done, ours makes them move.
-    status.status = 0;
+    constexpr std::int32_t waiting = 0;
+    status.status = waiting;
     {
         const abi::Status seen = one->module.status(self, batch, task, status);
+        if (seen.code == 0 && status.status != waiting) return abi::Status();
         delete[] seen.message;
     }
-    if (status.status == 0) one->adapter.progress();
+    one->adapter.progress();
     return one->module.status(self, batch, task, status);
 }
 
-EXPORT int swap_warm_up(void *self, const std::string &name) METHOD("13warmupSegmentE" STRING);
+EXPORT int swap_warm_up(void *self, const std::string &name) asm(EFA_WARM_UP);
 int swap_warm_up(void *self, const std::string &name) {
-    if (Installed *one = installed(self)) {
-        const int code = one->warm_up(name);
-        if (code != 0) to_log(1, ("warm-up of segment " + name + " failed: " + Adapter::error()).c_str());
-        return code;
-    }
+    if (Installed *one = installed(self)) return one->adapter.warm_up(name);
     return CALLER.warm_up(self, name);
 }
 
 EXPORT int swap_answer(void *self, const void *peer, void *local)
-    METHOD("21onSetupEfaConnectionsERKNS_16TransferMetadata13HandShakeDescERS2_");
+    asm(EFA_ANSWER);
 int swap_answer(void *self, const void *peer, void *local) {
     Installed *one = installed(self);
     if (one == nullptr) return CALLER.answer(self, peer, local);
@@ -604,13 +556,13 @@ int swap_answer(void *self, const void *peer, void *local) {
                               : one->answer<abi::Handshake>(peer, local);
 }
 
-EXPORT void swap_destroy(void *self) METHOD("D1Ev");
+EXPORT void swap_destroy(void *self) asm(EFA_DESTROY);
 void swap_destroy(void *self) {
     const Module &module = end(self, __builtin_return_address(0));
     if (!forget_refused(self)) module.destroy(self);
 }
 
-EXPORT void swap_destroy_and_free(void *self) METHOD("D0Ev");
+EXPORT void swap_destroy_and_free(void *self) asm(EFA_DESTROY_AND_FREE);
 void swap_destroy_and_free(void *self) {
     const Module &module = end(self, __builtin_return_address(0));
     if (!forget_refused(self)) module.destroy_and_free(self);

@@ -51,7 +51,7 @@ static_assert(sizeof(TaskStatus) == 16);
 
 // Transport::BufferEntry.
 struct Buffer {
-    void *address;
+    void *addr;
     std::size_t length;
 };
 static_assert(sizeof(Buffer) == 16);
