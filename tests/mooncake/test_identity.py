@@ -128,3 +128,14 @@ def test_an_unknown_build_can_be_vouched_for(start, unknown_build):
     wrong = start(harness.Software(), PYTHONPATH=str(unknown_build), MC_EFA_SWAP_LAYOUT="none")
     assert wrong.start_engine() == -1
     assert "there is no layout none" in wrong.stderr()
+
+
+def test_a_refusal_names_its_cause(start):
+    """Mooncake hands on numbers only, so the line in the log is all that somebody has."""
+    peer = start(harness.Software())
+    assert peer.start_engine() == 0, peer.stderr()
+    # Past the end of the address space: Mooncake itself does not look.
+    assert peer.call("register_memory", (1 << 64) - 4096, 8192) != 0
+    assert "memory cannot be registered: " in peer.stderr()
+    assert peer.call("warmup_efa_segment", "127.0.0.1:1") != 0
+    assert "warm-up of segment 127.0.0.1:1: it is not in the metadata" in peer.stderr()
