@@ -1,0 +1,2 @@
+//! The emulated EFA device, preloaded under libfabric's efa provider.
+mod redirect;

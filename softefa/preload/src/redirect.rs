@@ -1,0 +1,1 @@
+//! File functions of the C library that see the emulated `/sys`.

@@ -1,0 +1,2 @@
+//! `softefa`, the command.
+fn main() {}

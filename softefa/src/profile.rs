@@ -1,0 +1,1 @@
+//! Which NICs a host has.

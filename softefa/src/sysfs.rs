@@ -1,0 +1,1 @@
+//! The `/sys` of an emulated host.
