@@ -122,12 +122,24 @@ unsafe fn map<T>(file: &File) -> io::Result<&'static T> {
 }
 
 impl Cluster {
-    /// Opens the directory, making it if need be. What processes left there that are gone is removed
-    /// if nobody uses it now; the fault rules stay.
+    /// Opens the directory to take part, making it if need be. What processes left there that are
+    /// gone is removed if nobody uses it now; the fault rules stay.
     ///
     /// # Errors
     /// See [`Error`]; nothing is changed then.
     pub fn open(dir: &Path) -> Result<Cluster, Error> {
+        Cluster::enter(dir, true)
+    }
+
+    /// Opens the directory to look at it: what the last processes left is left.
+    ///
+    /// # Errors
+    /// See [`Error`]; nothing is changed then.
+    pub fn look(dir: &Path) -> Result<Cluster, Error> {
+        Cluster::enter(dir, false)
+    }
+
+    fn enter(dir: &Path, clean: bool) -> Result<Cluster, Error> {
         let at = |path: &Path| {
             let path = path.to_owned();
             move |error| Error::Io(path, error)
@@ -147,7 +159,7 @@ impl Cluster {
         let users_file = open_rw(&users).map_err(at(&users))?;
         let alone = lock(&users_file, libc::LOCK_EX | libc::LOCK_NB).is_ok();
         let path = dir.join("cluster");
-        if alone {
+        if alone && clean {
             for entry in fs::read_dir(dir).map_err(at(dir))?.flatten() {
                 let name = entry.file_name();
                 let name = name.to_string_lossy();
@@ -160,9 +172,8 @@ impl Cluster {
         let file = open_rw(&path).map_err(at(&path))?;
         // SAFETY: atomics only.
         let table: &Table = unsafe { map(&file) }.map_err(at(&path))?;
-        if alone {
-            table.version.store(VERSION, Ordering::Relaxed);
-        }
+        // A fresh table has zeroes.
+        let _ = table.version.compare_exchange(0, VERSION, Ordering::Relaxed, Ordering::Relaxed);
         if table.version.load(Ordering::Relaxed) != VERSION {
             return Err(Error::Version(dir.to_owned()));
         }
@@ -393,6 +404,7 @@ mod tests {
         assert_eq!(second.nics().unwrap(), [(0, 0)]);
         assert_eq!(first.nic(0, 1, false).err().map(|e| e.kind()), Some(io::ErrorKind::NotFound));
         drop((first, second));
+        assert_eq!(Cluster::look(dir.path()).unwrap().nics().unwrap(), [(0, 0)]);
         let third = Cluster::open(dir.path()).unwrap();
         assert_eq!(third.nics().unwrap(), []);
         assert_eq!(third.faults().unwrap(), "down nic=0\n");

@@ -17,3 +17,5 @@ pub mod rules;
 pub mod shared;
 #[cfg(not(loom))]
 pub mod sysfs;
+#[cfg(not(loom))]
+pub mod stat;
