@@ -165,6 +165,8 @@ impl Cluster {
                 let name = name.to_string_lossy();
                 if name == "cluster" || name.starts_with("nic-") {
                     fs::remove_file(entry.path()).map_err(at(&entry.path()))?;
+                } else if name.starts_with("sys-") {
+                    fs::remove_dir_all(entry.path()).map_err(at(&entry.path()))?;
                 }
             }
         }

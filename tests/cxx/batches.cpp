@@ -6,7 +6,7 @@
 #include <atomic>
 
 using Batches = Pair;
-OVER(Batches, "tcp", "shm");
+OVER(Batches, "tcp", "shm", "efa");
 
 TEST_P(Batches, FilledToTheLimitAndNotBeyond) {
     Target target(provider(), MiB);

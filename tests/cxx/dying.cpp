@@ -48,7 +48,7 @@ protected:
         }
     }
 };
-OVER(Dying, "tcp", "shm");
+OVER(Dying, "tcp", "shm", "efa");
 
 // Killed while it is stopped with all of the transfers under way: none of them can have completed.
 TEST_P(Dying, WithTransfersUnderWay) {

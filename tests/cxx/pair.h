@@ -71,6 +71,7 @@ public:
         if (process_ == 0) {
             dup2(to[0], 0);
             dup2(from[1], 1);
+            setenv("SOFTEFA_HOST", "1", 1); // on an emulated EFA device: another host
             execv(MEFA_TARGET, arguments.data());
             _exit(127);
         }

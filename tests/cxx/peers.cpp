@@ -63,7 +63,7 @@ protected:
     std::string servers;
     int count = 0;
 };
-OVER(Handshakes, "tcp", "shm");
+OVER(Handshakes, "tcp", "shm", "efa");
 
 TEST_P(Handshakes, ConnectBothWays) {
     auto transport = install(host());
@@ -191,7 +191,7 @@ TEST_P(Handshakes, AgainWithAPeerThatCameBack) {
 }
 
 class Fetching : public Pair {};
-OVER(Fetching, "tcp", "shm");
+OVER(Fetching, "tcp", "shm", "efa");
 
 TEST_P(Fetching, OpensByNameAndFindsWhatIsRegisteredLater) {
     Target target(provider(), MiB);

@@ -16,7 +16,7 @@ static_assert(move_only<mefa::Transport> && move_only<mefa::Batch> && move_only<
 static_assert(!std::is_constructible_v<mefa::Batch, mefa::Segment> && !std::is_assignable_v<mefa::Segment &, mefa::Batch>);
 
 using Raii = Pair;
-OVER(Raii, "tcp", "shm");
+OVER(Raii, "tcp", "shm", "efa");
 
 TEST_P(Raii, DestructorsGiveUpWhatTheyOwn) {
     Memory memory(MiB);

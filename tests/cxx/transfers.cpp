@@ -5,7 +5,7 @@
 #include "pair.h"
 
 using Transfers = Pair;
-OVER(Transfers, "tcp", "shm");
+OVER(Transfers, "tcp", "shm", "efa");
 
 TEST_P(Transfers, EveryLengthBothWaysAtOddPlaces) {
     Target target(provider(), 66 * MiB);

@@ -202,10 +202,10 @@ impl Context {
         &self.world.profile.nics[usize::from(self.device.index)]
     }
     fn part_id(&self) -> u32 {
-        self.world.config.part_id.unwrap_or(u32::from(self.spec().vendor_part_id))
+        self.world.config.part_id.unwrap_or(self.spec().vendor_part_id)
     }
     fn send_depth(&self) -> u32 {
-        self.world.config.tx_wr.unwrap_or(self.spec().send_depth)
+        self.world.config.tx_wr.unwrap_or(self.spec().sq_depth)
     }
     /// EFADV_DEVICE_ATTR_CAPS_*: reads, RNR retry, source GIDs; writes, unsolicited receives since p5.
     fn caps(&self) -> u32 {
@@ -298,7 +298,7 @@ unsafe extern "C" fn query_port(
     attr.max_msg_sz = softefa_core::shared::MTU as u32;
     attr.max_vl_num = 1;
     attr.active_width = 2; // four lanes
-    attr.active_speed = match context.spec().gbps {
+    attr.active_speed = match context.spec().speed {
         ..=100 => 32, // EDR
         ..=200 => 64, // HDR
         _ => 128,     // NDR

@@ -231,7 +231,11 @@ impl Qp {
         let context = self.context();
         if sender.rules.as_ref().is_none_or(|(version, _)| *version != view.version) {
             let place = Place { host: context.world.host, nic: context.device.index, qp: self.number };
-            sender.rules = Some((view.version, view.script.for_queue(place)));
+            let mut rules = view.script.for_queue(place);
+            if let Some((_, before)) = &sender.rules {
+                rules.keep_counts(before);
+            }
+            sender.rules = Some((view.version, rules));
         }
         &mut sender.rules.as_mut().expect("just set").1
     }

@@ -5,8 +5,8 @@
 //! made without it.
 //!
 //! All of this runs in every program, before `main`, in forked children and below `malloc`: a path
-//! that is not of `/sys` or `/dev/infiniband` costs a look at its first bytes, and none makes us
-//! allocate or lock. Nothing here can panic.
+//! that is not of one of the [`PLACES`] costs a look at its first bytes, and none but the first
+//! that is makes us allocate or lock. Nothing here can panic.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::mem::MaybeUninit;
@@ -17,7 +17,9 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use libc::{DIR, FILE, mode_t, size_t, ssize_t};
-use softefa_core::sysfs::{PathBuffer, overlay, underlay};
+use softefa_core::sysfs::{PLACES, PathBuffer, overlay, underlay};
+
+use crate::world::world_if_made;
 
 #[cfg(not(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
 compile_error!(
@@ -57,25 +59,25 @@ unsafe fn begins_with(text: *const c_char, prefix: &[u8]) -> bool {
 /// # Safety
 /// `path` is null or a C string.
 unsafe fn redirected(path: *const c_char, buffer: &mut MaybeUninit<PathBuffer>) -> *const c_char {
-    let Some(root) = ROOT.get() else { return path };
     // SAFETY: by this function's contract, past the check for null.
-    let ours = !path.is_null()
-        && unsafe { begins_with(path, SYS) || begins_with(path, b"/dev/infiniband/") };
+    let ours = !path.is_null() && PLACES.iter().any(|place| unsafe { begins_with(path, place) });
     if !ours {
         return path;
     }
-    // SAFETY: as above.
-    let text = unsafe { CStr::from_ptr(path) };
-    // The look for a file must not be seen: functions that succeed leave errno alone.
+    // Our own looks for files must not be seen: functions that succeed leave errno alone.
     // SAFETY: the thread's own.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: as above.
     let before = unsafe { *errno };
+    // The first look there makes this process one of the cluster, which sets the root.
+    let root = world_if_made().and_then(|_| ROOT.get());
+    // SAFETY: as for begins_with.
+    let text = unsafe { CStr::from_ptr(path) };
     let buffer = buffer.write([0; libc::PATH_MAX as usize]);
-    let instead = overlay(root, text.to_bytes(), buffer).map_or(path, CStr::as_ptr);
+    let instead = root.and_then(|root| overlay(root, text.to_bytes(), buffer));
     // SAFETY: as above.
     unsafe { *errno = before };
-    instead
+    instead.map_or(path, CStr::as_ptr)
 }
 
 /// Makes a path below the root one below `/sys`. The length it has then.
@@ -336,6 +338,8 @@ mod tests {
     fn this_program_sees_the_tree_as_sys() {
         let dir = std::env::temp_dir().join(format!("softefa-redirect-{}", std::process::id()));
         create(&dir, &Profile::named("p5").unwrap(), 0).unwrap();
+        // SAFETY: the other tests ask for variables through the standard library, which locks.
+        unsafe { std::env::set_var("SOFTEFA_DIR", dir.join("cluster")) };
         let before = names(Path::new("/sys/class"));
         set_root(&dir);
         let root = Path::new(std::str::from_utf8(ROOT.get().unwrap()).unwrap());
@@ -382,10 +386,11 @@ mod tests {
         std::os::unix::fs::symlink(root.join("class"), &link).unwrap();
         assert_eq!(fs::read_link(&link).unwrap(), Path::new("/sys/class"));
         let link = CString::new(link.as_os_str().as_bytes()).unwrap();
-        let mut text = [0_u8; 8];
+        let root = root.as_os_str().as_bytes();
+        let mut text = vec![0_u8; root.len() + "/cl".len()];
         // SAFETY: a C string and the room that is told.
         let length = unsafe { libc::readlink(link.as_ptr(), text.as_mut_ptr().cast(), text.len()) };
-        assert_eq!((length, &text[..]), (8, &root.as_os_str().as_bytes()[..8]));
+        assert_eq!((length, &text), (text.len() as ssize_t, &[root, b"/cl"].concat()));
 
         fs::remove_dir_all(&dir).unwrap();
     }
