@@ -11,6 +11,9 @@ INCLUDE_DIR ?= /usr/include
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET_DIR)/release/mooncake-efa
+SOFTEFA := $(TARGET_DIR)/release/softefa
+# The emulated devices of this checkout's tests.
+EFA_DIR := /dev/shm/mefa-test-$(shell pwd | cksum | cut -d' ' -f1)
 ENV := . scripts/env &&
 
 .DEFAULT_GOAL := build
@@ -28,6 +31,11 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	@scripts/setup build test
 	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace
 	$(ENV) $(CARGO) test $(CARGO_FLAGS) --release --workspace
+	@# The same between processes on an emulated EFA device, with libfabric's real efa provider.
+	$(ENV) $(SOFTEFA) run --dir $(EFA_DIR) -- $(CARGO) test $(CARGO_FLAGS) --release --test doors efa
+	$(ENV) MEFA_TEST_PROVIDERS=efa $(SOFTEFA) run --dir $(EFA_DIR) -- \
+		$(CARGO) test $(CARGO_FLAGS) --release -p mooncake-efa-cli --test cli
+	@rm -rf $(EFA_DIR)
 	@$(MAKE) --no-print-directory cmake CMAKE_ARGS=-DMOONCAKE_EFA_BUILD_TESTS=ON
 	cd build && ctest --output-on-failure
 

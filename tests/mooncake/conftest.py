@@ -16,17 +16,8 @@ def swap():
 
 
 @pytest.fixture(scope="session")
-def softefa(tmp_path_factory):
-    """Where the emulated device is built."""
-    source = harness.softefa_source()
-    if not (source / "softefa.c").is_file():
-        pytest.skip(f"NO EMULATED EFA DEVICE: {source} is missing; SOFTEFA_REF names another place")
-    return harness.build_softefa(tmp_path_factory.mktemp("build"))
-
-
-@pytest.fixture(scope="session")
-def emulated(softefa):
-    with contextlib.closing(harness.Emulated(softefa, harness.os.environ.get("MEFA_LIBFABRIC_DIR"))) as fabric:
+def emulated():
+    with contextlib.closing(harness.Emulated(harness.os.environ.get("MEFA_LIBFABRIC_DIR"))) as fabric:
         yield fabric
 
 

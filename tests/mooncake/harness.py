@@ -73,16 +73,17 @@ class Software(Fabric):
 
 
 class Emulated(Fabric):
-    """An EFA device in user space, under libfabric's own efa provider (shared/softefa-ref)."""
+    """An EFA device in user space, under libfabric's own efa provider: softefa/.
+
+    libfabric_dirs: where another libfabric is, and a libefa that has what it was built with."""
 
     wrong_key_kills = True
 
-    def __init__(self, softefa, libfabric_dir=None):
+    def __init__(self, libfabric_dirs=None):
         # Devices of this run only.
         self.state = Path(tempfile.mkdtemp(prefix="mefa-", dir="/dev/shm"))
-        self.preload = [softefa / "libsoftefa.so"]
-        # A newer libfabric is linked with a newer libefa, which comes with the emulator.
-        self.library_dirs = [libfabric_dir, softefa / "lib"] if libfabric_dir else []
+        self.preload = [softefa_library()]
+        self.library_dirs = [libfabric_dirs] if libfabric_dirs else []
 
     def variables(self, host):
         return {
@@ -104,22 +105,13 @@ class Nowhere(Fabric):
         return {}
 
 
-def softefa_source():
-    return Path(os.environ.get("SOFTEFA_REF") or ROOT / "../shared/softefa-ref").resolve()
-
-
-def build_softefa(directory):
-    """The emulator, built below `directory`; its source stays as it is."""
-    source = softefa_source()
-    to = Path(directory) / "softefa"
-    to.mkdir()
-    for file in source.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, to / file.name)
-    made = subprocess.run(["make", "-C", to, "all"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-    if made.returncode != 0:
-        raise RuntimeError(f"make in a copy of {source} failed:\n{made.stdout}{made.stderr}")
-    return to
+def softefa_library():
+    """MEFA_SOFTEFA: the emulator to preload, the project's own if unset."""
+    path = os.environ.get("MEFA_SOFTEFA") or ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "release/libsoftefa.so"
+    path = Path(path).absolute()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: build it by `make`, or say where it is in MEFA_SOFTEFA")
+    return path
 
 
 class PeerError(Exception):

@@ -20,7 +20,7 @@ from harness import Memory, MiB
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--libfabric-dir", metavar="DIR", help="a libfabric 1.18 or later, for both; the plain wheel needs it")
+    p.add_argument("--libfabric-dir", metavar="DIR[:DIR]", help="where a libfabric 1.18 or later is, for both; the plain wheel needs it")
     p.add_argument("--size", type=float, default=64, metavar="MIB")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--times", type=int, default=10, help="transfers of a side in a round")
@@ -49,11 +49,10 @@ def main():
     size = int(args.size * MiB)
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mefa-measure-")))
-        softefa = harness.build_softefa(directory)
         sides = {}
         for name, library in ("swap", swap), ("plain", None):
             # A fabric each: two emulated machines of their own.
-            fabric = stack.enter_context(contextlib.closing(harness.Emulated(softefa, args.libfabric_dir)))
+            fabric = stack.enter_context(contextlib.closing(harness.Emulated(args.libfabric_dir)))
             near, far = pair(stack, fabric, library, directory)
             ours, theirs = Memory(near, size), Memory(far, size)
             ours.fill(seed=1)
