@@ -1077,6 +1077,8 @@ mod tests {
         let none = Verdict::default();
         for (text, verdict) in [
             ("error status=10\nerror status=13", Verdict { fail: Some(10), ..none }),
+            ("error status=10\nerror status=13 at=1", Verdict { fail: Some(10), ..none }),
+            ("error status=10 at=1\nerror status=13", Verdict { fail: Some(10), ..none }),
             ("lose", Verdict { lose: true, ..none }),
             ("delay by=3us\ndelay by=5us\ndelay by=4us", Verdict { delay_ns: 5000, ..none }),
             ("reorder", Verdict { reorder: true, ..none }),

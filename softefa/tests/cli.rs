@@ -349,12 +349,15 @@ fn a_rule_says_when_it_was_set() {
         unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
         time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
     };
-    let before = now();
+    write(folder, "script", "lose set=1\n");
     // A time that somebody wrote into the rule is not when it was set here.
-    prints(softefa(folder, &["ctl", "lose", "set=1"]));
-    let stored = fs::read_to_string(folder.join("cluster/faults")).unwrap();
-    let set: u64 = stored.trim().strip_prefix("lose set=").unwrap().parse().unwrap();
-    assert!((before..=now()).contains(&set), "{before} {set}");
+    for words in [&["ctl", "lose", "set=1"][..], &["ctl", "load", "script"]] {
+        let before = now();
+        prints(softefa(folder, words));
+        let stored = fs::read_to_string(folder.join("cluster/faults")).unwrap();
+        let set: u64 = stored.trim().strip_prefix("lose set=").unwrap().parse().unwrap();
+        assert!((before..=now()).contains(&set), "{before} {set}");
+    }
 }
 
 #[test]
