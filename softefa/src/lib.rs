@@ -16,6 +16,6 @@ pub mod rules;
 #[cfg(not(loom))]
 pub mod shared;
 #[cfg(not(loom))]
-pub mod sysfs;
-#[cfg(not(loom))]
 pub mod stat;
+#[cfg(not(loom))]
+pub mod sysfs;

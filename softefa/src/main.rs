@@ -3,12 +3,13 @@
 mod cli {
     pub mod ctl;
     pub mod run;
+    pub mod stat;
 }
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use cli::{ctl, run};
+use cli::{ctl, run, stat};
 use softefa::profile::{MAX_PLAIN, Profile};
 
 /// An EFA device in user space, for tests: runs commands on emulated NICs, and makes these fail.
@@ -40,6 +41,8 @@ enum Command {
     Run(run::Args),
     /// List, set and remove faults, at once for all running processes
     Ctl(ctl::Args),
+    /// Show what NICs and queue pairs have counted, of processes that run and of the last that ran
+    Stat(stat::Args),
     /// List the kinds of host for `run --profile`
     Profiles,
 }
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         // Its exit statuses are a shell's.
         Some(Command::Run(args)) => return run::run(&args),
         Some(Command::Ctl(args)) => ctl::run(&args),
+        Some(Command::Stat(args)) => stat::run(&args).map_err(ctl::Error::from),
         Some(Command::Profiles) => {
             profiles();
             Ok(())

@@ -79,7 +79,14 @@ fn one(cluster: &Cluster, host: u16, nic: u16) -> io::Result<Nic> {
         });
     }
     let regions = shared.mrs.iter().filter(|mr| mr.key.load(Ordering::Relaxed) != 0).count();
-    Ok(Nic { host, nic, regions, pages: shared.pages.load(Ordering::Relaxed), counters, queue_pairs })
+    Ok(Nic {
+        host,
+        nic,
+        regions,
+        pages: shared.pages.load(Ordering::Relaxed),
+        counters,
+        queue_pairs,
+    })
 }
 
 /// A line a NIC and a line a queue pair, with the counters that are not 0.

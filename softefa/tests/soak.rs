@@ -72,7 +72,10 @@ fn senders_may_be_killed() {
         let patience = Instant::now() + Duration::from_secs(60);
         for _ in 0..PACKETS {
             loop {
-                assert!(Instant::now() < patience, "no packet after kill {kill}: the ring is stuck");
+                assert!(
+                    Instant::now() < patience,
+                    "no packet after kill {kill}: the ring is stuck"
+                );
                 match ring.front() {
                     Front::Packet(at) => {
                         let packet = &nic.packets[1][at as usize % SLOTS];
@@ -80,8 +83,9 @@ fn senders_may_be_killed() {
                         let k = packet.imm.load(Ordering::Relaxed);
                         assert_eq!(length, k as usize * 37 % MTU);
                         // SAFETY: published, and ours until it is released.
-                        let whole =
-                            unsafe { (&(*packet.data.get()))[..length].iter().all(|byte| *byte == k as u8) };
+                        let whole = unsafe {
+                            (&(*packet.data.get()))[..length].iter().all(|byte| *byte == k as u8)
+                        };
                         assert!(whole, "packet {k} is torn");
                         ring.release(at);
                         // A new receive for the one that was used, or for the one that was not.

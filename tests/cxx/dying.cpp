@@ -67,8 +67,9 @@ TEST_P(Dying, WithTransfersUnderWay) {
     auto batch = must(transport.batch(COUNT));
     must(batch.submit(requests, 3s));
     target.kill();
-    // shm needs no help of a stopped process to copy, so there some may have completed before.
-    ends_in_time(batch, COUNT, 3s, provider() == "shm");
+    // shm needs no help of a stopped process to copy, nor has an EFA device to read, so some may have
+    // completed before.
+    ends_in_time(batch, COUNT, 3s, provider() != "tcp");
     serves_others_after(transport, memory);
     // And what comes now for the dead one ends, too.
     auto more = must(transport.batch(COUNT));

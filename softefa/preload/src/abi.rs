@@ -121,7 +121,8 @@ extern "C" fn ibv_is_fork_initialized() -> c_int {
 fn pipe(flags: c_int) -> Option<(c_int, c_int)> {
     let mut ends = [0; 2];
     // SAFETY: room for two.
-    (unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | flags) } == 0).then_some((ends[0], ends[1]))
+    (unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | flags) } == 0)
+        .then_some((ends[0], ends[1]))
 }
 
 /// The writing end must never block; the reading end is as the application wants it.
@@ -195,7 +196,9 @@ impl Context {
         *was = down;
         let event: ibv_event_type = if down { IBV_EVENT_PORT_ERR } else { IBV_EVENT_PORT_ACTIVE };
         // SAFETY: an open descriptor; four bytes of ours.
-        unsafe { libc::write(self.events, ptr::from_ref(&event).cast(), size_of::<ibv_event_type>()) };
+        unsafe {
+            libc::write(self.events, ptr::from_ref(&event).cast(), size_of::<ibv_event_type>())
+        };
     }
 
     fn spec(&self) -> &softefa_core::profile::NicSpec {
@@ -215,11 +218,18 @@ impl Context {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_get_async_event(context: *mut ibv_context, event: *mut ibv_async_event) -> c_int {
+unsafe extern "C" fn ibv_get_async_event(
+    context: *mut ibv_context,
+    event: *mut ibv_async_event,
+) -> c_int {
     let mut kind: ibv_event_type = 0;
     // SAFETY: an opened device, and the caller's event.
     unsafe {
-        let n = libc::read((*context).async_fd, ptr::from_mut(&mut kind).cast(), size_of::<ibv_event_type>());
+        let n = libc::read(
+            (*context).async_fd,
+            ptr::from_mut(&mut kind).cast(),
+            size_of::<ibv_event_type>(),
+        );
         if n != size_of::<ibv_event_type>() as isize {
             return -1;
         }
@@ -234,7 +244,10 @@ unsafe extern "C" fn ibv_get_async_event(context: *mut ibv_context, event: *mut 
 unsafe extern "C" fn ibv_ack_async_event(_event: *mut ibv_async_event) {}
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_query_device(context: *mut ibv_context, to: *mut ibv_device_attr) -> c_int {
+unsafe extern "C" fn ibv_query_device(
+    context: *mut ibv_context,
+    to: *mut ibv_device_attr,
+) -> c_int {
     // SAFETY: an opened device, and the caller's struct of numbers.
     let (context, attr) = unsafe {
         to.write(mem::zeroed());
@@ -299,9 +312,9 @@ unsafe extern "C" fn query_port(
     attr.max_vl_num = 1;
     attr.active_width = 2; // four lanes
     attr.active_speed = match context.spec().speed {
-        ..=100 => 32, // EDR
-        ..=200 => 64, // HDR
-        _ => 128,     // NDR
+        0..=100 => 32,   // EDR
+        101..=200 => 64, // HDR
+        _ => 128,        // NDR
     };
     attr.phys_state = if down { 3 } else { 5 };
     // SAFETY: the caller's struct has `size` bytes; older ones are shorter.
@@ -318,13 +331,22 @@ unsafe extern "C" fn query_port(
 
 /// What programs call that were built before 2018, with the struct of then, a prefix of today's.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_query_port(context: *mut ibv_context, port: u8, to: *mut ibv_port_attr) -> c_int {
+unsafe extern "C" fn ibv_query_port(
+    context: *mut ibv_context,
+    port: u8,
+    to: *mut ibv_port_attr,
+) -> c_int {
     // SAFETY: as the callee wants it; `flags` was the last of the old fields.
     unsafe { query_port(context, port, to, mem::offset_of!(ibv_port_attr, port_cap_flags2)) }
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_query_gid(context: *mut ibv_context, port: u8, index: c_int, to: *mut ibv_gid) -> c_int {
+unsafe extern "C" fn ibv_query_gid(
+    context: *mut ibv_context,
+    port: u8,
+    index: c_int,
+    to: *mut ibv_gid,
+) -> c_int {
     if port != 1 || index != 0 {
         set_errno(libc::EINVAL);
         return -1;
@@ -335,7 +357,12 @@ unsafe extern "C" fn ibv_query_gid(context: *mut ibv_context, port: u8, index: c
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_query_pkey(_context: *mut ibv_context, _port: u8, _index: c_int, to: *mut u16) -> c_int {
+unsafe extern "C" fn ibv_query_pkey(
+    _context: *mut ibv_context,
+    _port: u8,
+    _index: c_int,
+    to: *mut u16,
+) -> c_int {
     // SAFETY: the caller's.
     unsafe { *to = 0xffff };
     0
@@ -357,9 +384,14 @@ unsafe fn answer<T>(to: *mut T, value: T, length: u32) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn efadv_query_device(context: *mut ibv_context, to: *mut efadv_device_attr, length: u32) -> c_int {
+unsafe extern "C" fn efadv_query_device(
+    context: *mut ibv_context,
+    to: *mut efadv_device_attr,
+    length: u32,
+) -> c_int {
     // SAFETY: an opened device; a C struct of numbers.
-    let (context, mut attr): (_, efadv_device_attr) = unsafe { (Context::of(context), mem::zeroed()) };
+    let (context, mut attr): (_, efadv_device_attr) =
+        unsafe { (Context::of(context), mem::zeroed()) };
     attr.max_sq_wr = context.send_depth();
     attr.max_rq_wr = context.world.config.rx_wr;
     attr.max_sq_sge = 2;
@@ -385,7 +417,13 @@ unsafe extern "C" fn ibv_dealloc_pd(pd: *mut ibv_pd) -> c_int {
     0
 }
 
-unsafe fn register(pd: *mut ibv_pd, address: *mut c_void, length: usize, iova: u64, access: u32) -> *mut ibv_mr {
+unsafe fn register(
+    pd: *mut ibv_pd,
+    address: *mut c_void,
+    length: usize,
+    iova: u64,
+    access: u32,
+) -> *mut ibv_mr {
     if length == 0 {
         return null(libc::EINVAL);
     }
@@ -395,8 +433,12 @@ unsafe fn register(pd: *mut ibv_pd, address: *mut c_void, length: usize, iova: u
     let most = world.config.pages;
     let pages = pages::count(address as u64, length as u64, most);
     let nic = context.nic;
-    let Some(key) = nic.take_mr(world.me(), address as u64, length as u64, iova, access, pages, most) else {
-        world.say(|| format!("{}: no room for a region of {length} bytes ({pages} pages)", context.name()));
+    let Some(key) =
+        nic.take_mr(world.me(), address as u64, length as u64, iova, access, pages, most)
+    else {
+        world.say(|| {
+            format!("{}: no room for a region of {length} bytes ({pages} pages)", context.name())
+        });
         return null(libc::ENOMEM);
     };
     // SAFETY: a C struct of numbers and pointers.
@@ -411,7 +453,12 @@ unsafe fn register(pd: *mut ibv_pd, address: *mut c_void, length: usize, iova: u
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ibv_reg_mr(pd: *mut ibv_pd, address: *mut c_void, length: usize, access: c_int) -> *mut ibv_mr {
+unsafe extern "C" fn ibv_reg_mr(
+    pd: *mut ibv_pd,
+    address: *mut c_void,
+    length: usize,
+    access: c_int,
+) -> *mut ibv_mr {
     // SAFETY: as the callee wants it.
     unsafe { register(pd, address, length, address as u64, access as u32) }
 }
@@ -590,7 +637,10 @@ unsafe fn make_cq(
     cq
 }
 
-unsafe extern "C" fn create_cq_ex(context: *mut ibv_context, attr: *mut ibv_cq_init_attr_ex) -> *mut ibv_cq_ex {
+unsafe extern "C" fn create_cq_ex(
+    context: *mut ibv_context,
+    attr: *mut ibv_cq_init_attr_ex,
+) -> *mut ibv_cq_ex {
     // SAFETY: the caller's attributes.
     unsafe { make_cq(context, (*attr).cqe, (*attr).cq_context, (*attr).channel).cast() }
 }
@@ -843,15 +893,34 @@ unsafe fn make_qp(
     if queues.0 != queues.1 {
         qp.recv_cq().qps.lock().push(qp);
     }
-    context.world.say(|| format!("{}: queue pair {}, {} sends, {} receives", context.name(), qp.number, cap.max_send_wr, cap.max_recv_wr));
+    context.world.say(|| {
+        format!(
+            "{}: queue pair {}, {} sends, {} receives",
+            context.name(),
+            qp.number,
+            cap.max_send_wr,
+            cap.max_recv_wr
+        )
+    });
     ptr::from_mut(qp).cast()
 }
 
-unsafe extern "C" fn create_qp_ex(_context: *mut ibv_context, attr: *mut ibv_qp_init_attr_ex) -> *mut ibv_qp {
+unsafe extern "C" fn create_qp_ex(
+    _context: *mut ibv_context,
+    attr: *mut ibv_qp_init_attr_ex,
+) -> *mut ibv_qp {
     // SAFETY: the caller's attributes.
     unsafe {
         let a = &*attr;
-        make_qp(a.pd, &a.cap, (a.send_cq, a.recv_cq), a.qp_context, a.qp_type, a.sq_sig_all != 0, false)
+        make_qp(
+            a.pd,
+            &a.cap,
+            (a.send_cq, a.recv_cq),
+            a.qp_context,
+            a.qp_type,
+            a.sq_sig_all != 0,
+            false,
+        )
     }
 }
 
@@ -860,7 +929,15 @@ unsafe extern "C" fn ibv_create_qp(pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr)
     // SAFETY: the caller's attributes.
     unsafe {
         let a = &*attr;
-        make_qp(pd, &a.cap, (a.send_cq, a.recv_cq), a.qp_context, a.qp_type, a.sq_sig_all != 0, false)
+        make_qp(
+            pd,
+            &a.cap,
+            (a.send_cq, a.recv_cq),
+            a.qp_context,
+            a.qp_type,
+            a.sq_sig_all != 0,
+            false,
+        )
     }
 }
 
@@ -877,16 +954,36 @@ unsafe extern "C" fn efadv_create_qp_ex(
     unsafe {
         let flags = if length >= 16 { efa.byte_add(12).cast::<u16>().read() } else { 0 };
         let a = &*attr;
-        make_qp(a.pd, &a.cap, (a.send_cq, a.recv_cq), a.qp_context, a.qp_type, a.sq_sig_all != 0, flags & 1 != 0)
+        make_qp(
+            a.pd,
+            &a.cap,
+            (a.send_cq, a.recv_cq),
+            a.qp_context,
+            a.qp_type,
+            a.sq_sig_all != 0,
+            flags & 1 != 0,
+        )
     }
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn efadv_create_driver_qp(pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr, _kind: u32) -> *mut ibv_qp {
+unsafe extern "C" fn efadv_create_driver_qp(
+    pd: *mut ibv_pd,
+    attr: *mut ibv_qp_init_attr,
+    _kind: u32,
+) -> *mut ibv_qp {
     // SAFETY: the caller's attributes.
     unsafe {
         let a = &*attr;
-        make_qp(pd, &a.cap, (a.send_cq, a.recv_cq), a.qp_context, IBV_QPT_DRIVER, a.sq_sig_all != 0, false)
+        make_qp(
+            pd,
+            &a.cap,
+            (a.send_cq, a.recv_cq),
+            a.qp_context,
+            IBV_QPT_DRIVER,
+            a.sq_sig_all != 0,
+            false,
+        )
     }
 }
 
@@ -935,7 +1032,11 @@ unsafe extern "C" fn ibv_query_qp(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ibv_query_qp_data_in_order(_qp: *mut ibv_qp, _op: ibv_wr_opcode, _flags: u32) -> c_int {
+extern "C" fn ibv_query_qp_data_in_order(
+    _qp: *mut ibv_qp,
+    _op: ibv_wr_opcode,
+    _flags: u32,
+) -> c_int {
     0
 }
 
@@ -972,7 +1073,12 @@ struct WqAttr {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn efadv_query_qp_wqs(qp: *mut ibv_qp, sq: *mut c_void, rq: *mut c_void, length: u32) -> c_int {
+unsafe extern "C" fn efadv_query_qp_wqs(
+    qp: *mut ibv_qp,
+    sq: *mut c_void,
+    rq: *mut c_void,
+    length: u32,
+) -> c_int {
     // SAFETY: a queue pair.
     let this = unsafe { Qp::of(qp.cast()) };
     // SAFETY: its device is open.
@@ -1133,7 +1239,11 @@ unsafe extern "C" fn wr_set_sge(qp: *mut ibv_qp_ex, lkey: u32, addr: u64, length
     unsafe { wr_set_sge_list(qp, 1, &ibv_sge { addr, length, lkey }) }
 }
 
-unsafe extern "C" fn wr_set_inline_data_list(qp: *mut ibv_qp_ex, count: usize, list: *const ibv_data_buf) {
+unsafe extern "C" fn wr_set_inline_data_list(
+    qp: *mut ibv_qp_ex,
+    count: usize,
+    list: *const ibv_data_buf,
+) {
     // SAFETY: see wr_send; the caller's list of its buffers.
     unsafe {
         change(qp, |wqe| {
@@ -1155,7 +1265,12 @@ unsafe extern "C" fn wr_set_inline_data(qp: *mut ibv_qp_ex, addr: *mut c_void, l
     unsafe { wr_set_inline_data_list(qp, 1, &ibv_data_buf { addr, length }) }
 }
 
-unsafe extern "C" fn wr_set_ud_addr(qp: *mut ibv_qp_ex, ah: *mut ibv_ah, remote_qp: u32, qkey: u32) {
+unsafe extern "C" fn wr_set_ud_addr(
+    qp: *mut ibv_qp_ex,
+    ah: *mut ibv_ah,
+    remote_qp: u32,
+    qkey: u32,
+) {
     // SAFETY: see wr_send; a handle of ours.
     unsafe {
         let number = (*ah.cast::<Ah>()).number;
@@ -1168,7 +1283,11 @@ unsafe extern "C" fn wr_set_ud_addr(qp: *mut ibv_qp_ex, ah: *mut ibv_ah, remote_
     }
 }
 
-unsafe extern "C" fn post_send(qp: *mut ibv_qp, list: *mut ibv_send_wr, bad: *mut *mut ibv_send_wr) -> c_int {
+unsafe extern "C" fn post_send(
+    qp: *mut ibv_qp,
+    list: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
     let ex: *mut ibv_qp_ex = qp.cast();
     let mut next = list;
     // SAFETY: a queue pair, and the caller's list.
@@ -1206,7 +1325,11 @@ unsafe extern "C" fn post_send(qp: *mut ibv_qp, list: *mut ibv_send_wr, bad: *mu
     0
 }
 
-unsafe extern "C" fn post_recv(qp: *mut ibv_qp, list: *mut ibv_recv_wr, bad: *mut *mut ibv_recv_wr) -> c_int {
+unsafe extern "C" fn post_recv(
+    qp: *mut ibv_qp,
+    list: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
     // SAFETY: a queue pair.
     let this = unsafe { Qp::of(qp.cast()) };
     let mut next = list;

@@ -111,14 +111,14 @@ fn run(world: &'static World) {
         }
         if round.direct {
             match time - idle_since {
-                ..5_000 => {
+                0..5_000 => {
                     std::hint::spin_loop();
                     continue;
                 }
                 // A thread that sleeps is let in when it wakes; one that spins waits for the end of
                 // the application's time slice, if processors are few.
-                ..1_000_000 => sleep = sleep.min(5_000),
-                ..100_000_000 => sleep = sleep.min(50_000),
+                5_000..1_000_000 => sleep = sleep.min(5_000),
+                1_000_000..100_000_000 => sleep = sleep.min(50_000),
                 _ => sleep = sleep.min(500_000),
             }
         }
@@ -144,7 +144,8 @@ fn round(world: &'static World) -> Round {
     for &context in &registry.contexts {
         // SAFETY: registered, under the lock.
         let context = unsafe { &*context };
-        let down = view.as_ref().is_some_and(|view| view.nic(world.host, context.device.index, time).down);
+        let down =
+            view.as_ref().is_some_and(|view| view.nic(world.host, context.device.index, time).down);
         context.set_port(down);
     }
     if let Some(change) = view.and_then(|view| view.script.next_change(time)) {

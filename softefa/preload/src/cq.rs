@@ -340,7 +340,8 @@ impl Cq {
             }
         }
         let entry = self.current();
-        let qp = self.context().qps[usize::from(entry.qp) % self.context().qps.len()].load(Ordering::Acquire);
+        let qp = self.context().qps[usize::from(entry.qp) % self.context().qps.len()]
+            .load(Ordering::Acquire);
         // SAFETY: in the table until it is destroyed, which is not done while its queue is polled.
         let Some(qp) = (unsafe { qp.as_ref() }) else { return libc::EINVAL };
         let ex = ptr::from_ref(&self.ex).cast_mut();

@@ -194,7 +194,7 @@ impl Peer {
     /// Does that process live? Asked of the system every few milliseconds only.
     pub fn is_alive(&self, world: &World, owner: Owner) -> bool {
         // Low bits of the owner beside the time: another owner is asked for anew.
-        let stamp = coarse_now() / TRUST << 16 | u64::from(owner & 0xffff);
+        let stamp = (coarse_now() / TRUST) << 16 | u64::from(owner & 0xffff);
         if self.alive.load(Ordering::Relaxed) == stamp {
             return true;
         }

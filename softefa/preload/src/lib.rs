@@ -14,13 +14,7 @@ mod faults;
 mod pages;
 mod qp;
 mod redirect;
-#[allow(
-    non_camel_case_types,
-    non_snake_case,
-    missing_docs,
-    dead_code,
-    clippy::all
-)]
+#[allow(non_camel_case_types, non_snake_case, missing_docs, dead_code, clippy::all)]
 mod verbs;
 mod wire;
 mod world;

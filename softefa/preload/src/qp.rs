@@ -12,8 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering, fence};
 
 use parking_lot::Mutex;
-use softefa_core::rules::{ForQueue, NicState, Op, Operation, Place, Verdict};
-use softefa_core::shared::{Claim, Counter, Found, Front, MTU, NicShared, Packet, QP_UD, QP_UNSOLICITED, QpShared, SLOTS};
+use softefa_core::rules::{Fired, ForQueue, NicState, Op, Operation, Place, Verdict};
+use softefa_core::shared::{
+    Claim, Counter, Found, Front, MTU, NicShared, Packet, QP_UD, QP_UNSOLICITED, QpShared, SLOTS,
+};
 use softefa_core::sysfs::gid;
 
 use crate::cq::Cq;
@@ -64,6 +66,9 @@ struct Receiver {
     taken: u16,
     /// On the direct path: up to where requests were counted.
     counted: u16,
+    /// Packets so far, which the rules count by.
+    packets: u64,
+    rules: Option<(u32, ForQueue)>,
 }
 
 /// A queue pair. The first field is what applications hold.
@@ -99,7 +104,10 @@ pub struct Queue<T> {
 
 impl<T: Copy + Default> Queue<T> {
     fn new(size: usize) -> Self {
-        Queue { entries: (0..size).map(|_| UnsafeCell::default()).collect(), doorbell: AtomicU32::new(0) }
+        Queue {
+            entries: (0..size).map(|_| UnsafeCell::default()).collect(),
+            doorbell: AtomicU32::new(0),
+        }
     }
     /// Entries, a power of two.
     pub fn len(&self) -> usize {
@@ -141,7 +149,8 @@ impl Qp {
     pub fn new(context: &Context, ex: ibv_qp_ex, wanted: &Wanted) -> Option<Box<Qp>> {
         let number = context.nic.take_qp(context.world.me())?;
         let shared = &context.nic.qps[usize::from(number)];
-        let flags = if wanted.is_ud { QP_UD } else { 0 } | if wanted.unsolicited { QP_UNSOLICITED } else { 0 };
+        let flags = if wanted.is_ud { QP_UD } else { 0 }
+            | if wanted.unsolicited { QP_UNSOLICITED } else { 0 };
         shared.flags.store(flags, Ordering::Release);
         let requests = wanted.recv_wr.max(1).next_power_of_two();
         let descriptors = (requests * wanted.recv_sge.max(1).next_power_of_two()).min(1 << 16);
@@ -167,6 +176,8 @@ impl Qp {
                 written: 0,
                 taken: 0,
                 counted: 0,
+                packets: 0,
+                rules: None,
             }),
             direct: AtomicBool::new(false),
         }))
@@ -218,26 +229,40 @@ impl Qp {
     }
 
     fn refuses(&self, sender: &mut Sender, op: u8) -> bool {
-        let world = self.context().world;
-        let Some(view) = faults::current(world) else { return false };
+        let Some(view) = faults::current(self.context().world) else { return false };
         let attempts = sender.attempts;
-        self.rules(sender, &view).refuses(attempts, rules_op(op), now(), &mut |fired| {
-            self.shared.counters.add(Counter::faults, 1);
-            faults::record(world, &fired);
+        self.rules(&mut sender.rules, &view).refuses(attempts, rules_op(op), now(), &mut |fired| {
+            self.record(&fired);
         })
     }
 
-    fn rules<'s>(&self, sender: &'s mut Sender, view: &View) -> &'s mut ForQueue {
+    fn judge(
+        &self,
+        rules: &mut Option<(u32, ForQueue)>,
+        view: &View,
+        operation: &Operation,
+    ) -> Verdict {
+        self.rules(rules, view).judge(operation, now(), &mut |fired| self.record(&fired))
+    }
+
+    fn record(&self, fired: &Fired) {
+        self.shared.counters.add(Counter::faults, 1);
+        faults::record(self.context().world, fired);
+    }
+
+    /// The rules of this queue pair, of this state of the script.
+    fn rules<'r>(&self, rules: &'r mut Option<(u32, ForQueue)>, view: &View) -> &'r mut ForQueue {
         let context = self.context();
-        if sender.rules.as_ref().is_none_or(|(version, _)| *version != view.version) {
-            let place = Place { host: context.world.host, nic: context.device.index, qp: self.number };
-            let mut rules = view.script.for_queue(place);
-            if let Some((_, before)) = &sender.rules {
-                rules.keep_counts(before);
+        if rules.as_ref().is_none_or(|(version, _)| *version != view.version) {
+            let place =
+                Place { host: context.world.host, nic: context.device.index, qp: self.number };
+            let mut new = view.script.for_queue(place);
+            if let Some((_, before)) = rules {
+                new.keep_counts(before);
             }
-            sender.rules = Some((view.version, rules));
+            *rules = Some((view.version, new));
         }
-        &mut sender.rules.as_mut().expect("just set").1
+        &mut rules.as_mut().expect("just set").1
     }
 
     /// Takes descriptors that the provider wrote and rang for.
@@ -269,16 +294,20 @@ impl Qp {
             },
             1,
         );
-        let mut work = Work { wqe, verdict: Verdict::default(), since: 0, moved: false, length: 0, saw_rnr: false };
+        let mut work = Work {
+            wqe,
+            verdict: Verdict::default(),
+            since: 0,
+            moved: false,
+            length: 0,
+            saw_rnr: false,
+        };
         let world = self.context().world;
         let view = faults::current(world);
         if let Some(view) = &view {
             let peer = self.context().peer(work.wqe.ah).map_or(u16::MAX, |peer| peer.host);
             let operation = Operation { number: sender.posted, op: rules_op(work.wqe.op()), peer };
-            work.verdict = self.rules(sender, view).judge(&operation, now(), &mut |fired| {
-                counters.add(Counter::faults, 1);
-                faults::record(world, &fired);
-            });
+            work.verdict = self.judge(&mut sender.rules, view, &operation);
         }
         let step = match self.check(&mut work) {
             Err(status) => Step::Done(status, 0),
@@ -331,7 +360,7 @@ impl Qp {
     fn check(&self, work: &mut Work) -> Result<(), u8> {
         let wqe = &work.wqe;
         let nic = self.context().nic;
-        let access = if wqe.op() == wire::READ { IBV_ACCESS_LOCAL_WRITE as u32 } else { 0 };
+        let access = if wqe.op() == wire::READ { IBV_ACCESS_LOCAL_WRITE } else { 0 };
         if wqe.is_inline() {
             work.length = u32::from(wqe.length);
         } else {
@@ -385,7 +414,9 @@ impl Qp {
             }
             states = Some((mine, its, time));
         }
-        let Some(nic) = peer.shared(world) else { return self.wait(work, dead, status::UNREACHABLE) };
+        let Some(nic) = peer.shared(world) else {
+            return self.wait(work, dead, status::UNREACHABLE);
+        };
         let Some(target) = nic.qps.get(usize::from(work.wqe.dest_qp)) else {
             return Step::Done(status::BAD_QPN, 0);
         };
@@ -398,7 +429,11 @@ impl Qp {
             }
         }
         if owner != 0 && !peer.is_alive(world, owner) {
-            return if self.is_ud { Step::Done(status::OK, 0) } else { self.wait(work, dead, status::UNRESPONSIVE) };
+            return if self.is_ud {
+                Step::Done(status::OK, 0)
+            } else {
+                self.wait(work, dead, status::UNRESPONSIVE)
+            };
         }
         if !target.is_ready() || target.qkey.load(Ordering::Relaxed) != work.wqe.qkey {
             // A datagram is lost without a word.
@@ -431,13 +466,21 @@ impl Qp {
                 let due = self.due(work, peer, nic, states);
                 // One way takes half of a round trip.
                 let arrives = match states {
-                    Some((mine, its, _)) if due != 0 => due - mine.latency_ns.max(its.latency_ns) / 2,
+                    Some((mine, its, _)) if due != 0 => {
+                        due - mine.latency_ns.max(its.latency_ns) / 2
+                    }
                     _ => 0,
                 };
-                self.fill(work, &nic.packets[usize::from(work.wqe.dest_qp)][at as usize % SLOTS], arrives);
+                self.fill(
+                    work,
+                    &nic.packets[usize::from(work.wqe.dest_qp)][at as usize % SLOTS],
+                    arrives,
+                );
                 target.ring().publish(at);
                 fence(Ordering::SeqCst);
-                if target.armed.load(Ordering::Relaxed) != 0 && target.armed.swap(0, Ordering::AcqRel) != 0 {
+                if target.armed.load(Ordering::Relaxed) != 0
+                    && target.armed.swap(0, Ordering::AcqRel) != 0
+                {
                     world.cluster.wake(owner);
                 }
                 Step::Done(status::OK, due)
@@ -468,18 +511,27 @@ impl Qp {
 
     /// When the completion is due if links have a speed: the data takes both wires, one after the other but
     /// for what overlaps, and the answer takes the way back. 0: at once.
-    fn due(&self, work: &Work, peer: &Peer, nic: &NicShared, states: Option<(NicState, NicState, u64)>) -> u64 {
+    fn due(
+        &self,
+        work: &Work,
+        peer: &Peer,
+        nic: &NicShared,
+        states: Option<(NicState, NicState, u64)>,
+    ) -> u64 {
         let Some((mine, its, time)) = states else { return 0 };
         let latency = mine.latency_ns.max(its.latency_ns);
         let mut end = time as i64;
         let here = self.context().nic;
-        let is_self = peer.host == self.context().world.host && peer.nic == self.context().device.index;
+        let is_self =
+            peer.host == self.context().world.host && peer.nic == self.context().device.index;
         let (first, second) = match work.wqe.op() {
             wire::READ => ((&nic.outgoing, its), (&here.incoming, mine)),
             _ => ((&here.outgoing, mine), (&nic.incoming, its)),
         };
         let on = |state: NicState| match state.bytes_per_second {
-            Some(rate) if rate > 0 => (u128::from(work.length) * 1_000_000_000 / u128::from(rate)) as i64,
+            Some(rate) if rate > 0 => {
+                (u128::from(work.length) * 1_000_000_000 / u128::from(rate)) as i64
+            }
             _ => 0,
         };
         let (out, into) = (on(first.1), on(second.1));
@@ -490,7 +542,11 @@ impl Qp {
             end = end.max(second.0.reserve(end - into, into));
         }
         let delay = work.verdict.delay_ns;
-        if end as u64 == time && latency == 0 && delay == 0 { 0 } else { end as u64 + latency + delay }
+        if end as u64 == time && latency == 0 && delay == 0 {
+            0
+        } else {
+            end as u64 + latency + delay
+        }
     }
 
     fn complete(&self, work: &Work, status: u8, due: u64) {
@@ -519,7 +575,7 @@ impl Qp {
         let world = context.world;
         let read = work.wqe.op() == wire::READ;
         let (address, rkey) = work.wqe.remote();
-        let access = if read { IBV_ACCESS_REMOTE_READ } else { IBV_ACCESS_REMOTE_WRITE } as u32;
+        let access = if read { IBV_ACCESS_REMOTE_READ } else { IBV_ACCESS_REMOTE_WRITE };
         let length = work.length as usize;
         let Found { owner, address: remote } =
             nic.find(rkey, address, length as u64, access).ok_or(status::REMOTE_ADDRESS)?;
@@ -543,7 +599,8 @@ impl Qp {
                 eprintln!(
                     "softefa[{}]: the kernel refuses access to the memory of process {} ({error}): run both as one user, \
                      and see /proc/sys/kernel/yama/ptrace_scope",
-                    std::process::id(), pid.unwrap_or(0)
+                    std::process::id(),
+                    pid.unwrap_or(0)
                 );
             }
             let dead = *error == libc::ESRCH || !peer.is_alive(world, owner);
@@ -587,7 +644,9 @@ impl Qp {
             let end = (at + length as usize).min(MTU);
             // SAFETY: registered memory of this process, which the application leaves alone until
             // the send is completed.
-            data[at..end].copy_from_slice(unsafe { slice::from_raw_parts(found.address as *const u8, end - at) });
+            data[at..end].copy_from_slice(unsafe {
+                slice::from_raw_parts(found.address as *const u8, end - at)
+            });
             at = end;
         }
         if work.verdict.corrupt && at > 0 {
@@ -611,10 +670,8 @@ impl Qp {
         let Some(number) = recv.free.pop() else { return Err(libc::ENOMEM) };
         recv.ids[usize::from(number)] = id;
         for k in 0..needed {
-            let buffer = buffers.get(k).map_or(Buffer { address: 0, length: 0, lkey: 0 }, |sge| Buffer {
-                address: sge.addr,
-                length: sge.length,
-                lkey: sge.lkey,
+            let buffer = buffers.get(k).map_or(Buffer { address: 0, length: 0, lkey: 0 }, |sge| {
+                Buffer { address: sge.addr, length: sge.length, lkey: sge.lkey }
             });
             let desc = RxDesc::new(number, buffer, k == 0, k == needed - 1);
             // SAFETY: under the lock, and free.
@@ -673,41 +730,60 @@ impl Qp {
             }
             let entry = self.deliver(&mut recv, packet);
             ring.release(at);
-            if let Some(entry) = entry {
-                self.recv_cq().push(self, entry, 0);
+            if let Some((entry, due)) = entry {
+                self.recv_cq().push(self, entry, due);
             }
         }
         true
     }
 
-    fn deliver(&self, recv: &mut Receiver, packet: &Packet) -> Option<Cdesc> {
+    /// The completion of a packet and when it is due (0: now). None: it gets none.
+    fn deliver(&self, recv: &mut Receiver, packet: &Packet) -> Option<(Cdesc, u64)> {
         let context = self.context();
         let op = packet.op.load(Ordering::Relaxed);
         let length = packet.length.load(Ordering::Relaxed);
-        let imm = (packet.has_imm.load(Ordering::Relaxed) != 0).then(|| packet.imm.load(Ordering::Relaxed));
-        let from = (packet.source_host.load(Ordering::Relaxed), packet.source_nic.load(Ordering::Relaxed));
-        let source =
-            (context.number_of(from.0, from.1), packet.source_qp.load(Ordering::Relaxed), gid(from.0, from.1));
+        let imm = (packet.has_imm.load(Ordering::Relaxed) != 0)
+            .then(|| packet.imm.load(Ordering::Relaxed));
+        let from =
+            (packet.source_host.load(Ordering::Relaxed), packet.source_nic.load(Ordering::Relaxed));
+        let source = (
+            context.number_of(from.0, from.1),
+            packet.source_qp.load(Ordering::Relaxed),
+            gid(from.0, from.1),
+        );
         let counters = &self.shared.counters;
         counters.add(Counter::packets, 1);
         counters.add(Counter::received_bytes, u64::from(length));
+        recv.packets += 1;
+        let mut verdict = Verdict::default();
+        if let Some(view) = faults::current(context.world) {
+            let operation = Operation { number: recv.packets, op: Op::Recv, peer: from.0 };
+            verdict = self.judge(&mut recv.rules, &view, &operation);
+        }
+        let due = if verdict.delay_ns > 0 { now() + verdict.delay_ns } else { 0 };
         // A datagram leaves room for a header of 40 bytes, and counts it.
         let header = if self.is_ud { 40 } else { 0 };
         let mut entry = Cdesc::received(self.number, op, length + header, imm, source);
         if op == wire::WRITE && self.unsolicited {
             entry.set_unsolicited();
             self.shared.ring().post(1);
-            return Some(entry);
+            entry.status = verdict.fail.unwrap_or(status::OK);
+            return (!verdict.lose).then_some((entry, due));
         }
         if recv.taken == recv.written {
             // Cannot be: the ring lets no packet in without a receive.
-            eprintln!("softefa[{}]: {}: a packet without a receive", std::process::id(), context.name());
+            eprintln!(
+                "softefa[{}]: {}: a packet without a receive",
+                std::process::id(),
+                context.name()
+            );
             return None;
         }
         // SAFETY: the packet is published, and ours until it is released.
         let payload: &[u8; MTU] = unsafe { &*packet.data.get() };
         let mut data = &payload[..if op == wire::SEND { (length as usize).min(MTU) } else { 0 }];
         let mut skip = header as usize;
+        entry.status = verdict.fail.unwrap_or(status::OK);
         loop {
             // SAFETY: written, and not taken yet.
             let desc = unsafe { self.rq.slot(recv.taken).read_volatile() };
@@ -721,7 +797,7 @@ impl Qp {
                     desc.lkey(),
                     desc.address(),
                     u64::from(desc.length),
-                    IBV_ACCESS_LOCAL_WRITE as u32,
+                    IBV_ACCESS_LOCAL_WRITE,
                 ) {
                     None => entry.status = status::BAD_LKEY,
                     Some(found) => {
@@ -729,6 +805,9 @@ impl Qp {
                         unsafe {
                             let to = (found.address as *mut u8).add(skipped);
                             ptr::copy_nonoverlapping(data.as_ptr(), to, n);
+                            if std::mem::take(&mut verdict.corrupt) {
+                                *to ^= 0xff;
+                            }
                         }
                         data = &data[n..];
                     }
@@ -744,7 +823,7 @@ impl Qp {
         if entry.status != status::OK {
             counters.add(Counter::errors, 1);
         }
-        Some(entry)
+        (!verdict.lose).then_some((entry, due))
     }
 
     /// The application has read this completion: what it took is free. Its id.
@@ -780,8 +859,14 @@ fn copy(pid: Option<i32>, local: u64, remote: u64, length: usize, read: bool) ->
     };
     let mut done = 0;
     while done < length {
-        let here = libc::iovec { iov_base: (local as usize + done) as *mut c_void, iov_len: length - done };
-        let there = libc::iovec { iov_base: (remote as usize + done) as *mut c_void, iov_len: length - done };
+        let here = libc::iovec {
+            iov_base: (local as usize + done) as *mut c_void,
+            iov_len: length - done,
+        };
+        let there = libc::iovec {
+            iov_base: (remote as usize + done) as *mut c_void,
+            iov_len: length - done,
+        };
         // SAFETY: the kernel checks both ranges.
         let n = unsafe {
             if read {

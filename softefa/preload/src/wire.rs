@@ -205,7 +205,13 @@ impl Cdesc {
         }
     }
     /// `source`: address handle number, queue pair and GID of the sender.
-    pub fn received(qp: u16, op: u8, length: u32, imm: Option<u32>, source: (u16, u16, [u8; 16])) -> Cdesc {
+    pub fn received(
+        qp: u16,
+        op: u8,
+        length: u32,
+        imm: Option<u32>,
+        source: (u16, u16, [u8; 16]),
+    ) -> Cdesc {
         let (ah, source_qp, gid) = source;
         let mut tail = gid;
         if ah != NO_AH {
@@ -268,7 +274,8 @@ impl Cdesc {
     pub const FLAGS_OFFSET: usize = std::mem::offset_of!(Cdesc, flags);
 }
 
-const _: () = assert!(size_of::<TxWqe>() == 64 && size_of::<RxDesc>() == 16 && size_of::<Cdesc>() == 32);
+const _: () =
+    assert!(size_of::<TxWqe>() == 64 && size_of::<RxDesc>() == 16 && size_of::<Cdesc>() == 32);
 
 #[cfg(test)]
 mod tests {
@@ -295,12 +302,23 @@ mod tests {
         assert_eq!(b[4..12], [2, 1, 1, 0, 0xd4, 0xc3, 0xb2, 0xa1]);
         assert_eq!(b[12..20], [4, 3, 0, 0, 8, 7, 6, 5]);
         assert_eq!(b[26..32], [0x33, 0x44, 0x55, 0x66, 0x77, 0x88]);
-        assert_eq!(b[36..48], [0xef, 0xcd, 0xab, 0, 0x80, 0x70, 0x60, 0x50, 0x40, 0x30, 0x20, 0x10]);
+        assert_eq!(
+            b[36..48],
+            [0xef, 0xcd, 0xab, 0, 0x80, 0x70, 0x60, 0x50, 0x40, 0x30, 0x20, 0x10]
+        );
         assert_eq!(b[48..60], [9, 0, 0, 0, 3, 2, 1, 0, 0xd, 0, 0, 0]);
-        let rx = RxDesc::new(0x0102, Buffer { address: 0x1_0000_0002, length: 70_000, lkey: 7 }, true, true);
+        let rx = RxDesc::new(
+            0x0102,
+            Buffer { address: 0x1_0000_0002, length: 70_000, lkey: 7 },
+            true,
+            true,
+        );
         assert_eq!(bytes(&rx), [2, 0, 0, 0, 1, 0, 0, 0, 2, 1, 0xff, 0xff, 7, 0, 0, 0xc0]);
         let tx = Cdesc::sent(0x0506, &wqe, 13).with_phase(1);
-        assert_eq!(bytes(&tx)[..12], [0x11, 0x22, 13, 0x23, 6, 5, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]);
+        assert_eq!(
+            bytes(&tx)[..12],
+            [0x11, 0x22, 13, 0x23, 6, 5, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]
+        );
         assert_eq!(tx.send_id(), 0x8877_6655_4433_2211);
         let mut rx = Cdesc::received(3, WRITE, 0x0012_3456, Some(9), (7, 8, [0xee; 16]));
         rx.set_unsolicited();
@@ -313,7 +331,9 @@ mod tests {
     #[test]
     fn inline_data_is_where_it_was_put() {
         let mut wqe = TxWqe::new(SEND, 1, false);
-        assert!(wqe.push_inline(b"hello ") && wqe.push_inline(b"world") && !wqe.push_inline(&[0; 22]));
+        assert!(
+            wqe.push_inline(b"hello ") && wqe.push_inline(b"world") && !wqe.push_inline(&[0; 22])
+        );
         assert_eq!(&bytes(&wqe)[32..43], b"hello world");
         assert_eq!(&wqe.inline()[..usize::from(wqe.length)], b"hello world");
         assert_eq!(wqe.buffers().count(), 0);

@@ -88,7 +88,9 @@ fn bounded(name: &str, default: u64, most: u64) -> Result<u64, String> {
 
 fn depth(name: &str) -> Result<Option<u32>, String> {
     match number(name)? {
-        Some(n) if !(1..=32768).contains(&n) => Err(format!("softefa: {name}={n}: from 1 to 32768")),
+        Some(n) if !(1..=32768).contains(&n) => {
+            Err(format!("softefa: {name}={n}: from 1 to 32768"))
+        }
         n => Ok(n.map(|n| n as u32)),
     }
 }
@@ -96,7 +98,10 @@ fn depth(name: &str) -> Result<Option<u32>, String> {
 fn make() -> Result<World, String> {
     let profile = match std::env::var("SOFTEFA_PROFILE") {
         Ok(name) if !name.is_empty() => Profile::named(&name).ok_or_else(|| {
-            format!("softefa: SOFTEFA_PROFILE={name}: unknown; there are {}", Profile::names().join(", "))
+            format!(
+                "softefa: SOFTEFA_PROFILE={name}: unknown; there are {}",
+                Profile::names().join(", ")
+            )
         })?,
         _ => Profile::plain(bounded("SOFTEFA_DEVICES", 2, 32)? as usize),
     };
@@ -124,7 +129,8 @@ fn make() -> Result<World, String> {
     let cluster = Cluster::open(&cluster::default_dir()).map_err(|error| error.to_string())?;
     let host = cluster.host();
     let root = cluster.dir().join(format!("sys-{host}"));
-    sysfs::create(&root, &profile, host).map_err(|error| format!("softefa: {}: {error}", root.display()))?;
+    sysfs::create(&root, &profile, host)
+        .map_err(|error| format!("softefa: {}: {error}", root.display()))?;
     let owner = cluster.join().map_err(|error| error.to_string())?;
     crate::redirect::set_root(&root);
     // SAFETY: lets the other processes of this user move data in and out of this one, where the

@@ -165,7 +165,7 @@ pub struct Faults {
 impl Faults {
     /// Those of the cluster in `dir`, which is made if need be.
     pub fn open(dir: &Path) -> Result<Faults, Error> {
-        Ok(Faults { dir: dir.into(), cluster: Cluster::open(dir)? })
+        Ok(Faults { dir: dir.into(), cluster: Cluster::look(dir)? })
     }
 
     fn path(&self) -> PathBuf {
