@@ -31,6 +31,9 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	@scripts/setup build test
 	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace
 	$(ENV) $(CARGO) test $(CARGO_FLAGS) --release --workspace
+	@# The emulator's ring, in every order that its senders can come in.
+	$(ENV) RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=$(TARGET_DIR)/loom \
+		$(CARGO) test $(CARGO_FLAGS) --release -p softefa --lib
 	@# The same between processes on an emulated EFA device, with libfabric's real efa provider.
 	$(ENV) $(SOFTEFA) run --dir $(EFA_DIR) -- $(CARGO) test $(CARGO_FLAGS) --release --test doors efa
 	$(ENV) MEFA_TEST_PROVIDERS=efa $(SOFTEFA) run --dir $(EFA_DIR) -- \

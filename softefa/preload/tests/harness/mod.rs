@@ -775,7 +775,8 @@ pub fn alone(test: &str, env: &[(&str, &str)]) -> bool {
         return true;
     }
     let (output, _dir) = run_alone(test, env, "");
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{test} alone: {}\n{out}\n{err}", output.status);
     assert!(out.contains("1 passed"), "{test} did not run\n{out}\n{err}");
     false
@@ -823,8 +824,7 @@ impl Other {
     /// Starts the test of that name on that host.
     pub fn start(test: &str, host: u16) -> Other {
         let mut command = command(test, &dir(), &[("SOFTEFA_HOST", &host.to_string())]);
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let input = child.stdin.take().unwrap();
         let output = BufReader::new(child.stdout.take().unwrap());
         Other { child, input, output }
