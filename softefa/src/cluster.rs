@@ -94,6 +94,14 @@ fn open_rw(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
+/// One process at a time holds it; the kernel lets go of it if that one is killed.
+fn guard(dir: &Path) -> Result<File, Error> {
+    let path = dir.join("guard");
+    open_rw(&path)
+        .and_then(|file| lock(&file, libc::LOCK_EX).map(|()| file))
+        .map_err(|error| Error::Io(path, error))
+}
+
 /// Maps a file of at least `size_of::<T>()` bytes for good.
 ///
 /// # Safety
@@ -151,10 +159,7 @@ impl Cluster {
         if owner != me && me != 0 {
             return Err(Error::Foreign(dir.to_owned(), owner, me));
         }
-        // One at a time here; the kernel lets go of the lock if its holder is killed.
-        let guard = dir.join("guard");
-        let guard_file = open_rw(&guard).map_err(at(&guard))?;
-        lock(&guard_file, libc::LOCK_EX).map_err(at(&guard))?;
+        let _guard = guard(dir)?;
         let users = dir.join("users");
         let users_file = open_rw(&users).map_err(at(&users))?;
         let alone = lock(&users_file, libc::LOCK_EX | libc::LOCK_NB).is_ok();
@@ -192,6 +197,8 @@ impl Cluster {
     /// # Errors
     /// The table is full of living processes.
     pub fn join(&self) -> Result<Owner, Error> {
+        // A place that is half taken looks like a dead one's: one at a time.
+        let _guard = self::guard(&self.dir)?;
         let pid = std::process::id();
         for (index, process) in self.table.processes.iter().enumerate().skip(1) {
             let before = process.pid.load(Ordering::Acquire);

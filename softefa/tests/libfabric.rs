@@ -69,7 +69,8 @@ fn pingpong(port: u16, options: &[&str], arguments: &[&str]) {
     // It says nothing before its client comes: the client is tried until the server listens.
     let client = loop {
         // One that hangs ends.
-        let limited = [&["timeout", "-s", "KILL", "60"], &common[..], &["-P", &port, "127.0.0.1"]].concat();
+        let limited =
+            [&["timeout", "-s", "KILL", "60"], &common[..], &["-P", &port, "127.0.0.1"]].concat();
         let output = softefa(dir.path(), &host("0"), &limited).output().expect("fi_pingpong");
         let refused = String::from_utf8_lossy(&output.stderr).contains("Connection refused");
         if !refused || server.0.try_wait().expect("a child").is_some() {

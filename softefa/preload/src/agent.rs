@@ -2,7 +2,7 @@
 //! again what waits, writes completions that are due, delivers events, and on the direct data path, where
 //! no function of ours is called, watches the doorbells.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -19,27 +19,53 @@ struct Registry {
 // SAFETY: what is destroyed leaves the registry first, under its lock.
 unsafe impl Send for Registry {}
 
-static REGISTRY: Mutex<Registry> = Mutex::new(Registry { cqs: Vec::new(), contexts: Vec::new() });
+static REGISTRY: AtomicPtr<Mutex<Registry>> = AtomicPtr::new(std::ptr::null_mut());
 static RUNNING: AtomicBool = AtomicBool::new(false);
 /// Somebody has called since the last round began.
 static CALLED: AtomicBool = AtomicBool::new(false);
 
+/// This process's own; never freed.
+fn registry() -> &'static Mutex<Registry> {
+    let mut at = REGISTRY.load(Ordering::Acquire);
+    if at.is_null() {
+        let new =
+            Box::into_raw(Box::new(Mutex::new(Registry { cqs: Vec::new(), contexts: Vec::new() })));
+        at = match REGISTRY.compare_exchange(
+            std::ptr::null_mut(),
+            new,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        ) {
+            Ok(_) => new,
+            Err(other) => {
+                // SAFETY: made above, and seen by nobody.
+                drop(unsafe { Box::from_raw(new) });
+                other
+            }
+        };
+    }
+    // SAFETY: never freed.
+    unsafe { &*at }
+}
+
 pub fn add_cq(cq: &Cq) {
-    REGISTRY.lock().cqs.push(cq);
+    registry().lock().cqs.push(cq);
 }
 pub fn remove_cq(cq: &Cq) {
-    REGISTRY.lock().cqs.retain(|&other| !std::ptr::eq(other, cq));
+    registry().lock().cqs.retain(|&other| !std::ptr::eq(other, cq));
 }
 pub fn add_context(context: &Context) {
-    REGISTRY.lock().contexts.push(context);
+    registry().lock().contexts.push(context);
     start(context.world);
 }
 pub fn remove_context(context: &Context) {
-    REGISTRY.lock().contexts.retain(|&other| !std::ptr::eq(other, context));
+    registry().lock().contexts.retain(|&other| !std::ptr::eq(other, context));
 }
 
-/// In a child after fork the thread is not there any more.
+/// In a child after fork the thread is not there any more, what is registered is the parent's, and the
+/// lock may be held by nobody who is there: all is left where it is.
 pub fn forget() {
+    REGISTRY.store(std::ptr::null_mut(), Ordering::SeqCst);
     RUNNING.store(false, Ordering::SeqCst);
     CALLED.store(false, Ordering::SeqCst);
 }
@@ -133,7 +159,7 @@ fn run(world: &'static World) {
 
 fn round(world: &'static World) -> Round {
     let mut round = Round::default();
-    let registry = REGISTRY.lock();
+    let registry = registry().lock();
     for &cq in &registry.cqs {
         // SAFETY: registered, under the lock.
         let cq = unsafe { &*cq };

@@ -191,6 +191,11 @@ impl Peer {
         Some(shared)
     }
 
+    /// It may not live any more.
+    pub fn forget_alive(&self) {
+        self.alive.store(0, Ordering::Relaxed);
+    }
+
     /// Does that process live? Asked of the system every few milliseconds only.
     pub fn is_alive(&self, world: &World, owner: Owner) -> bool {
         // Low bits of the owner beside the time: another owner is asked for anew.

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use softefa_core::rules::{Fired, NicState, Script};
 
 use crate::world::World;
@@ -20,27 +20,33 @@ pub struct View {
     states: Mutex<HashMap<(u16, u16), (NicState, u64)>>,
 }
 
+/// The version that VIEW is of.
 static SEEN: AtomicU32 = AtomicU32::new(u32::MAX);
-static ANY: AtomicBool = AtomicBool::new(false);
-static VIEW: RwLock<Option<Arc<View>>> = RwLock::new(None);
+/// Somebody reads the rules.
+static LOADING: AtomicBool = AtomicBool::new(false);
+/// Null if there are none.
+static VIEW: AtomicPtr<View> = AtomicPtr::new(ptr::null_mut());
 
-/// The rules, if there are any. Two loads if there are none.
-pub fn current(world: &World) -> Option<Arc<View>> {
+/// The rules, if there are any. Three loads if there are none.
+pub fn current(world: &World) -> Option<&'static View> {
     let version = world.cluster.faults_version();
-    if version != SEEN.load(Ordering::Acquire) {
-        load(world, version);
+    while version != SEEN.load(Ordering::Acquire) {
+        if LOADING.swap(true, Ordering::AcqRel) {
+            // Rules hold from the operation on that begins after they were set.
+            std::thread::yield_now();
+            continue;
+        }
+        load(world);
+        LOADING.store(false, Ordering::Release);
+        break;
     }
-    if !ANY.load(Ordering::Relaxed) {
-        return None;
-    }
-    VIEW.read().clone()
+    // SAFETY: a view is never freed. Rules are changed by hand: a process sees a few.
+    unsafe { VIEW.load(Ordering::Acquire).as_ref() }
 }
 
-fn load(world: &World, version: u32) {
-    let mut view = VIEW.write();
-    if SEEN.load(Ordering::Relaxed) == version {
-        return;
-    }
+fn load(world: &World) {
+    // Before the text: a change while it is read is seen the next time.
+    let version = world.cluster.faults_version();
     let script = world
         .cluster
         .faults()
@@ -50,9 +56,20 @@ fn load(world: &World, version: u32) {
             eprintln!("softefa: {}/faults: {error}; no faults then", world.cluster.dir().display());
             Script::default()
         });
-    ANY.store(!script.rules.is_empty(), Ordering::Relaxed);
-    *view = Some(Arc::new(View { version, script, states: Mutex::default() }));
+    let view = if script.rules.is_empty() {
+        ptr::null_mut()
+    } else {
+        Box::into_raw(Box::new(View { version, script, states: Mutex::default() }))
+    };
+    VIEW.store(view, Ordering::Release);
     SEEN.store(version, Ordering::Release);
+}
+
+/// In a child after fork: somebody may have been reading, or held a view's lock.
+pub fn forget() {
+    SEEN.store(u32::MAX, Ordering::SeqCst);
+    LOADING.store(false, Ordering::SeqCst);
+    VIEW.store(ptr::null_mut(), Ordering::SeqCst);
 }
 
 impl View {

@@ -8,7 +8,6 @@ use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_void};
 use std::ptr;
 use std::slice;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering, fence};
 
 use parking_lot::Mutex;
@@ -231,7 +230,7 @@ impl Qp {
     fn refuses(&self, sender: &mut Sender, op: u8) -> bool {
         let Some(view) = faults::current(self.context().world) else { return false };
         let attempts = sender.attempts;
-        self.rules(&mut sender.rules, &view).refuses(attempts, rules_op(op), now(), &mut |fired| {
+        self.rules(&mut sender.rules, view).refuses(attempts, rules_op(op), now(), &mut |fired| {
             self.record(&fired);
         })
     }
@@ -304,7 +303,7 @@ impl Qp {
         };
         let world = self.context().world;
         let view = faults::current(world);
-        if let Some(view) = &view {
+        if let Some(view) = view {
             let peer = self.context().peer(work.wqe.ah).map_or(u16::MAX, |peer| peer.host);
             let operation = Operation { number: sender.posted, op: rules_op(work.wqe.op()), peer };
             work.verdict = self.judge(&mut sender.rules, view, &operation);
@@ -312,7 +311,7 @@ impl Qp {
         let step = match self.check(&mut work) {
             Err(status) => Step::Done(status, 0),
             Ok(()) if work.verdict.reorder => Step::Wait,
-            Ok(()) => self.step(&mut work, view.as_ref()),
+            Ok(()) => self.step(&mut work, view),
         };
         counters.add(
             match work.wqe.op() {
@@ -345,7 +344,7 @@ impl Qp {
         let Some(mut sender) = self.send.try_lock() else { return };
         let view = faults::current(self.context().world);
         let mut waiting = std::mem::take(&mut sender.waiting);
-        waiting.retain_mut(|work| match self.step(work, view.as_ref()) {
+        waiting.retain_mut(|work| match self.step(work, view) {
             Step::Wait => true,
             Step::Done(status, due) => {
                 self.complete(work, status, due);
@@ -396,7 +395,7 @@ impl Qp {
     }
 
     /// One try.
-    fn step(&self, work: &mut Work, view: Option<&Arc<View>>) -> Step {
+    fn step(&self, work: &mut Work, view: Option<&View>) -> Step {
         let context = self.context();
         let world = context.world;
         let dead = world.config.dead_ns;
@@ -426,6 +425,12 @@ impl Qp {
             if let Some(pid) = world.cluster.pid(owner) {
                 // SAFETY: a system call; the rule asked for it.
                 unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+                // It is to be dead before the operation, not soon after it.
+                let limit = now() + 1_000_000_000;
+                while world.cluster.is_alive(owner) && now() < limit {
+                    std::thread::yield_now();
+                }
+                peer.forget_alive();
             }
         }
         if owner != 0 && !peer.is_alive(world, owner) {
@@ -464,10 +469,11 @@ impl Qp {
         match target.ring().claim(world.me(), unsolicited) {
             Claim::Slot(at) => {
                 let due = self.due(work, peer, nic, states);
-                // One way takes half of a round trip.
+                // One way takes half of a round trip; a rule's delay is of the completion only.
                 let arrives = match states {
                     Some((mine, its, _)) if due != 0 => {
-                        due - mine.latency_ns.max(its.latency_ns) / 2
+                        let back = mine.latency_ns.max(its.latency_ns) / 2;
+                        due - work.verdict.delay_ns - back
                     }
                     _ => 0,
                 };
@@ -758,7 +764,7 @@ impl Qp {
         let mut verdict = Verdict::default();
         if let Some(view) = faults::current(context.world) {
             let operation = Operation { number: recv.packets, op: Op::Recv, peer: from.0 };
-            verdict = self.judge(&mut recv.rules, &view, &operation);
+            verdict = self.judge(&mut recv.rules, view, &operation);
         }
         let due = if verdict.delay_ns > 0 { now() + verdict.delay_ns } else { 0 };
         // A datagram leaves room for a header of 40 bytes, and counts it.

@@ -134,7 +134,7 @@ fn make() -> Result<World, String> {
     let owner = cluster.join().map_err(|error| error.to_string())?;
     crate::redirect::set_root(&root);
     // SAFETY: lets the other processes of this user move data in and out of this one, where the
-    // kernel asks for leave (Yama). The handler touches two atomics.
+    // kernel asks for leave (Yama). The handler touches atomics only.
     unsafe {
         libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY, 0, 0, 0);
         libc::pthread_atfork(None, None, Some(in_child));
@@ -146,6 +146,7 @@ extern "C" fn in_child() {
     if let Some(Some(world)) = WORLD.get() {
         world.owner.store(0, Ordering::SeqCst);
         crate::agent::forget();
+        crate::faults::forget();
     }
 }
 
@@ -158,8 +159,10 @@ impl World {
         }
         // A child after fork. What its parent created stays the parent's.
         let owner = self.cluster.join().unwrap_or(0);
-        self.owner.store(owner, Ordering::Relaxed);
-        owner
+        match self.owner.compare_exchange(0, owner, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => owner,
+            Err(other) => other,
+        }
     }
 
     /// One line to standard error, if SOFTEFA_VERBOSE is set.
