@@ -191,13 +191,19 @@ impl Peer {
         Some(shared)
     }
 
-    /// It may not live any more.
-    pub fn forget_alive(&self) {
-        self.alive.store(0, Ordering::Relaxed);
-    }
-
-    /// Does that process live? Asked of the system every few milliseconds only.
+    /// Does that process live? That there is one of its id is asked each time, which is one quick system
+    /// call; that it is not a zombie or another one by now, every few milliseconds only.
     pub fn is_alive(&self, world: &World, owner: Owner) -> bool {
+        if owner == world.me() {
+            return true;
+        }
+        let Some(pid) = world.cluster.pid(owner) else { return false };
+        // SAFETY: a question, not a signal.
+        let gone = unsafe { libc::kill(pid as i32, 0) } != 0
+            && std::io::Error::last_os_error().raw_os_error() == Some(libc::ESRCH);
+        if gone {
+            return false;
+        }
         // Low bits of the owner beside the time: another owner is asked for anew.
         let stamp = (coarse_now() / TRUST) << 16 | u64::from(owner & 0xffff);
         if self.alive.load(Ordering::Relaxed) == stamp {

@@ -430,10 +430,12 @@ impl Qp {
                 while world.cluster.is_alive(owner) && now() < limit {
                     std::thread::yield_now();
                 }
-                peer.forget_alive();
             }
         }
-        if owner != 0 && !peer.is_alive(world, owner) {
+        let op = work.wqe.op();
+        // Where memory is copied, the system says whether its owner is gone.
+        let copies = op != wire::SEND && work.length > 0 && world.config.copy;
+        if owner != 0 && (!copies || work.wqe.has_imm()) && !peer.is_alive(world, owner) {
             return if self.is_ud {
                 Step::Done(status::OK, 0)
             } else {
@@ -444,13 +446,14 @@ impl Qp {
             // A datagram is lost without a word.
             return Step::Done(if self.is_ud { status::OK } else { status::BAD_QPN }, 0);
         }
-        let op = work.wqe.op();
         if op != wire::SEND && !work.moved {
             if !nic.knows(owner, world.host, context.device.index, &peer.known) {
                 return Step::Done(status::UNKNOWN_PEER, 0);
             }
-            if let Err(status) = self.transfer(work, nic, peer) {
-                return Step::Done(status, 0);
+            match self.transfer(work, nic, peer) {
+                Err(status::UNRESPONSIVE) => return self.wait(work, dead, status::UNRESPONSIVE),
+                Err(status) => return Step::Done(status, 0),
+                Ok(()) => {}
             }
             work.moved = true;
         }
