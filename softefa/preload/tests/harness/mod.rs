@@ -149,7 +149,8 @@ pub fn api() -> &'static Api {
             unsafe { settings(&own_dir(), |name, value| std::env::set_var(name, value)) };
         }
         let program = std::env::current_exe().unwrap();
-        Api::load(&program.parent().unwrap().parent().unwrap().join("libsoftefa.so"))
+        let ours = program.parent().unwrap().parent().unwrap().join("libsoftefa.so");
+        Api::load(&std::env::var_os("SOFTEFA_LIBRARY").map_or(ours, PathBuf::from))
     })
 }
 
