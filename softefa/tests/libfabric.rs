@@ -117,3 +117,32 @@ fn fi_pingpong_with_late_and_reordered_packets() {
     std::fs::write(&script, "seed 3\nreorder rate=20%\ndelay by=300us rate=2%\n").expect("written");
     pingpong(47_313, &["--faults", script.to_str().expect("a text")], &["-e", "rdm"]);
 }
+
+/// The GID that a process shows, which stays until it is dropped.
+fn gid(dir: &Path, command: &[&str]) -> (Server, String) {
+    let file = "/sys/class/infiniband/rdmap0s0/ports/1/gids/0";
+    let words = [command, &["tail", "-f", file]].concat();
+    let child = softefa(dir, &[], &words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut server = Server(child.expect("a process"));
+    let mut line = String::new();
+    BufReader::new(server.0.stdout.take().expect("piped")).read_line(&mut line).expect("text");
+    (server, line)
+}
+
+#[test]
+fn network_namespaces_are_hosts() {
+    let dir = directory();
+    let namespace: &[&str] = &["unshare", "-n"];
+    let may = Command::new("unshare").args(["-n", "true"]).output();
+    if !may.is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: no leave to make a network namespace");
+        return;
+    }
+    let (_here, first) = gid(dir.path(), &[]);
+    let (_too, same) = gid(dir.path(), &[]);
+    let (_there, other) = gid(dir.path(), namespace);
+    let (_elsewhere, third) = gid(dir.path(), namespace);
+    assert!(first.starts_with("fe80:"), "{first}");
+    assert_eq!(first, same);
+    assert!(first != other && other != third && first != third, "{first}{other}{third}");
+}
