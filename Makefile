@@ -35,9 +35,9 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	$(ENV) RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=$(TARGET_DIR)/loom \
 		$(CARGO) test $(CARGO_FLAGS) --release -p softefa --lib
 	@# The same between processes on an emulated EFA device, with libfabric's real efa provider.
-	$(ENV) $(SOFTEFA) run --dir $(EFA_DIR) -- $(CARGO) test $(CARGO_FLAGS) --release --test doors efa
+	$(ENV) $(SOFTEFA) run --dir $(EFA_DIR) -- $(CARGO) test $(CARGO_FLAGS) --release --workspace --test doors efa
 	$(ENV) MEFA_TEST_PROVIDERS=efa $(SOFTEFA) run --dir $(EFA_DIR) -- \
-		$(CARGO) test $(CARGO_FLAGS) --release -p mooncake-efa-cli --test cli
+		$(CARGO) test $(CARGO_FLAGS) --release --workspace --test cli
 	@rm -rf $(EFA_DIR)
 	@$(MAKE) --no-print-directory cmake CMAKE_ARGS=-DMOONCAKE_EFA_BUILD_TESTS=ON
 	cd build && ctest --output-on-failure

@@ -7,7 +7,6 @@
 //! Nanoseconds an operation, medians of the rounds with least and greatest, and the ratio copy/device.
 
 #[path = "../tests/harness/mod.rs"]
-#[allow(dead_code)]
 mod harness;
 
 use std::process::{Command, Stdio};

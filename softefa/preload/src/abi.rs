@@ -10,6 +10,7 @@ use std::slice;
 use std::sync::OnceLock;
 use std::sync::atomic::{Ordering, fence};
 
+use softefa_core::cluster;
 use softefa_core::shared::{QPS, QpState};
 use softefa_core::sysfs::gid;
 
@@ -298,7 +299,7 @@ unsafe extern "C" fn query_port(
     }
     // SAFETY: an opened device.
     let context = unsafe { Context::of(context) };
-    let time = world::now();
+    let time = cluster::now();
     let down = crate::faults::current(context.world)
         .is_some_and(|view| view.nic(context.world.host, context.device.index, time).down);
     // SAFETY: a C struct of numbers.

@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use softefa_core::cluster::now;
 
 use crate::cq::Cq;
 use crate::device::Context;
 use crate::faults;
-use crate::world::{World, now};
+use crate::world::World;
 
 struct Registry {
     cqs: Vec<*const Cq>,

@@ -10,13 +10,13 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
 use parking_lot::lock_api::RawMutex as _;
 use parking_lot::{Mutex, RawMutex};
+use softefa_core::cluster::now;
 use softefa_core::shared::{Counter, Front};
 
 use crate::device::Context;
 use crate::qp::Qp;
 use crate::verbs::*;
 use crate::wire::{self, Cdesc, status};
-use crate::world::now;
 
 /// `efadv_cq` as libefa has it since 2022; older headers know its beginning.
 #[repr(C)]

@@ -7,13 +7,14 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
+use softefa_core::cluster::coarse_now;
 use softefa_core::shared::{NicShared, Owner, QPS};
 use softefa_core::sysfs::gid;
 
 use crate::qp::Qp;
 use crate::verbs::{ibv_ah, ibv_context, ibv_device, ibv_mr, verbs_context};
 use crate::wire::NO_AH;
-use crate::world::{World, coarse_now};
+use crate::world::World;
 
 /// Address handles of an opened device.
 pub const AHS: usize = 4096;

@@ -11,6 +11,7 @@ use std::slice;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering, fence};
 
 use parking_lot::Mutex;
+use softefa_core::cluster::now;
 use softefa_core::rules::{Fired, ForQueue, NicState, Op, Operation, Place, Verdict};
 use softefa_core::shared::{
     Claim, Counter, Found, Front, MTU, NicShared, Packet, QP_UD, QP_UNSOLICITED, QpShared, SLOTS,
@@ -22,7 +23,6 @@ use crate::device::{Context, Peer};
 use crate::faults::{self, View};
 use crate::verbs::*;
 use crate::wire::{self, Buffer, Cdesc, INLINE, RxDesc, TxWqe, status};
-use crate::world::now;
 
 /// A work request that was accepted.
 struct Work {
@@ -462,10 +462,7 @@ impl Qp {
         }
         // A notice for the other side's receive queue.
         if work.verdict.rnr {
-            return match self.rnr(work) {
-                Step::Wait => Step::Wait,
-                done => done,
-            };
+            return self.rnr(work);
         }
         let flags = target.flags.load(Ordering::Relaxed);
         let unsolicited = op == wire::WRITE && flags & QP_UNSOLICITED != 0;

@@ -172,20 +172,3 @@ impl World {
         }
     }
 }
-
-fn clock(which: libc::clockid_t) -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the clock exists and the result is ours.
-    unsafe { libc::clock_gettime(which, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
-}
-
-/// CLOCK_MONOTONIC in nanoseconds.
-pub fn now() -> u64 {
-    clock(libc::CLOCK_MONOTONIC)
-}
-
-/// The same, a few milliseconds behind, in a few nanoseconds.
-pub fn coarse_now() -> u64 {
-    clock(libc::CLOCK_MONOTONIC_COARSE)
-}

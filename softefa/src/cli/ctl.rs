@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use softefa::cluster::{self, Cluster, default_dir};
+use softefa::cluster::{self, Cluster, default_dir, now};
 use softefa::rules::{ParseError, Rule, Script};
 
 const HELP: &str = "\
@@ -218,12 +218,4 @@ impl Faults {
         };
         lock().map_err(|error| Error::Io(path.clone(), error))
     }
-}
-
-/// Nanoseconds of CLOCK_MONOTONIC, which all processes of the cluster read alike.
-fn now() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the clock exists, and `time` is ours.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
