@@ -211,6 +211,8 @@ static struct fi_info *get_info(const char *provider, const char *device) {
     hints->domain_attr->av_type = FI_AV_TABLE;
     hints->tx_attr->op_flags = opt.delivery ? FI_DELIVERY_COMPLETE : FI_TRANSMIT_COMPLETE;
     hints->fabric_attr->prov_name = strdup(provider);
+    /* efa has two; a target on efa-direct must know its initiators, and ours uses this one. */
+    if (strcmp(provider, "efa") == 0) hints->fabric_attr->name = strdup("efa");
     hints->domain_attr->name = device ? strdup(device) : NULL;
 
     /* The older of what we were compiled against and what is loaded: both understand that. */
