@@ -169,7 +169,7 @@ pub(super) struct Pin<'a> {
 
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
-        self.all.release(self.slot, self.batch);
+        self.all.release(self.slot, self.batch, 1);
     }
 }
 
@@ -244,7 +244,7 @@ impl Batches {
         let (slot, generation) = self.seal.place(id.0);
         let (class, index) = split(slot);
         if self.classes[class].retire(index, generation) {
-            self.release(slot, self.at(slot)); // the caller's hold
+            self.release(slot, self.at(slot), 1); // the caller's hold
         }
     }
 
@@ -268,8 +268,9 @@ impl Batches {
         }
     }
 
-    fn release(&self, slot: u32, batch: &Batch) {
-        if batch.holds.fetch_sub(1, Ordering::AcqRel) == 1 {
+    /// Gives up `holds` holds.
+    fn release(&self, slot: u32, batch: &Batch, holds: u32) {
+        if batch.holds.fetch_sub(holds, Ordering::AcqRel) == holds {
             if batch.failed.load(Ordering::Relaxed) > 0 {
                 batch.failures.lock().clear();
             }
@@ -324,21 +325,22 @@ impl Batches {
         true
     }
 
-    /// Makes the status of a claimed group visible, and gives up the hold in `ended`.
-    pub fn finish(&self, ended: Ended) {
-        let batch = self.at(ended.group.slot);
-        if ended.claimed {
-            let first = ended.group.first as usize;
-            let count = batch.tasks()[first].members.load(Ordering::Relaxed);
-            if ended.status != Status::Completed {
-                batch.failed.fetch_add(count, Ordering::Relaxed);
+    /// Makes the status of claimed groups visible, and gives up the holds in `ended`. What is counted is
+    /// counted once for neighbours of one batch.
+    pub fn finish(&self, ended: impl Iterator<Item = Ended>) {
+        let mut ended = ended.peekable();
+        while let Some(first) = ended.next() {
+            let slot = first.group.slot;
+            let batch = self.at(slot);
+            let mut tasks = batch.finish(&first);
+            let mut holds = 1;
+            while let Some(next) = ended.next_if(|next| next.group.slot == slot) {
+                tasks += batch.finish(&next);
+                holds += 1;
             }
-            for task in &batch.tasks()[first..first + count as usize] {
-                task.status.store(ended.status as u32, Ordering::Release);
-            }
-            batch.unfinished.fetch_sub(count, Ordering::Release);
+            batch.unfinished.fetch_sub(tasks, Ordering::Release);
+            self.release(slot, batch, holds);
         }
-        self.release(ended.group.slot, batch);
     }
 
     /// [`Pin::condemn`] for every batch.
@@ -371,8 +373,16 @@ impl Pin<'_> {
         task.status.store(Status::Pending as u32, Ordering::Release);
     }
 
-    /// Makes `count` prepared tasks from `first` on one group of `bytes` bytes, which holds the
-    /// batch until it is published as quiet.
+    /// Before `groups` groups of `tasks` tasks in all are started, with this deadline: counts them, at
+    /// once for all of them. Each group holds the batch until it is published as quiet.
+    pub fn begin(&self, groups: u32, tasks: u32, deadline: u64) {
+        self.batch.unfinished.fetch_add(tasks, Ordering::Relaxed);
+        self.batch.holds.fetch_add(groups, Ordering::Relaxed);
+        self.batch.earliest.fetch_min(deadline, Ordering::Release);
+    }
+
+    /// Makes `count` prepared tasks from `first` on one group of `bytes` bytes, counted by
+    /// [`Self::begin`].
     pub fn start_group(
         &self,
         first: u32,
@@ -388,11 +398,8 @@ impl Pin<'_> {
         task.aim.store(aim.target << 1 | u32::from(aim.write), Ordering::Relaxed);
         task.started.store(now, Ordering::Relaxed);
         task.deadline.store(deadline, Ordering::Relaxed);
-        self.batch.unfinished.fetch_add(count, Ordering::Relaxed);
-        self.batch.holds.fetch_add(1, Ordering::Relaxed);
         // Last: a group that others can see is whole.
         task.members.store(count, Ordering::Release);
-        self.batch.earliest.fetch_min(deadline, Ordering::Release);
         self.group_at(first)
     }
 
@@ -472,6 +479,22 @@ impl Pin<'_> {
 }
 
 impl Batch {
+    /// Makes the status of a claimed group visible. The tasks that ended so.
+    fn finish(&self, ended: &Ended) -> u32 {
+        if !ended.claimed {
+            return 0;
+        }
+        let first = ended.group.first as usize;
+        let count = self.tasks()[first].members.load(Ordering::Relaxed);
+        if ended.status != Status::Completed {
+            self.failed.fetch_add(count, Ordering::Relaxed);
+        }
+        for task in &self.tasks()[first..first + count as usize] {
+            task.status.store(ended.status as u32, Ordering::Release);
+        }
+        count
+    }
+
     /// A task may be [`late`]; false: none is.
     fn may_be_late(&self, now: u64) -> bool {
         late(now, self.earliest.load(Ordering::Acquire))

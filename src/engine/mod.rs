@@ -704,6 +704,7 @@ impl<N: Nic> Engine<N> {
             pin.prepare(first + index as u32, length, cookie);
         }
         let mut events = EVENTS.take();
+        pin.begin(plan.groups.len() as u32, plan.tasks.len() as u32, deadline);
         for group in &plan.groups {
             let target = self.seal.place(plan.targets[group.target as usize].0.0).0;
             let aim = Aim { target, write: group.write };
@@ -881,9 +882,7 @@ impl<N: Nic> Engine<N> {
                 observer(finished);
                 finished.clear();
             }
-            for ended in all.drain(..) {
-                batches.finish(ended);
-            }
+            batches.finish(all.drain(..));
             DELIVERY.with_borrow_mut(|delivery| {
                 delivery.waiting.retain(|(seal, ended)| {
                     let ours = *seal == self.seal;

@@ -61,7 +61,8 @@ pub(super) fn run(
     stop: &AtomicBool,
     clock: impl Fn() -> u64,
 ) {
-    let mut turns: Vec<u64> = rails.iter().map(|&rail| engine.turns(rail)).collect();
+    // Turns on each rail as last seen, and when somebody else took one.
+    let mut turns: Vec<(u64, u64)> = rails.iter().map(|&rail| (engine.turns(rail), 0)).collect();
     // After a sleep everything is slow, so the first look has a measure of its own.
     let mut efforts = vec![[Effort::default(); 2]; rails.len()];
     let mut patience = Patience::default();
@@ -70,10 +71,17 @@ pub(super) fn run(
     while !stop.load(Ordering::Acquire) {
         let mut now = clock();
         let (mut work, mut others, mut active) = (false, false, false);
-        for ((&rail, seen), [first, later]) in rails.iter().zip(&mut turns).zip(&mut efforts) {
+        for ((&rail, (seen, driven)), [first, later]) in
+            rails.iter().zip(&mut turns).zip(&mut efforts)
+        {
             let busy = engine.load(rail) > 0;
             work |= busy;
-            if busy && engine.turns(rail) != *seen {
+            if engine.turns(rail) != *seen {
+                *driven = now;
+            }
+            // Not between two turns of theirs either: two threads that take turns at a rail are
+            // slower than one.
+            if busy && now - *driven < LOOK_AWAY.as_nanos() as u64 {
                 others = true;
             } else {
                 active |= engine.poll(rail, now).unwrap_or(0) > 0;
