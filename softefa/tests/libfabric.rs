@@ -4,7 +4,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
 /// `softefa run` in a directory. It becomes the command, and can be killed as such.
 fn softefa(dir: &Path, options: &[&str], command: &[&str]) -> Command {
@@ -118,15 +118,16 @@ fn fi_pingpong_with_late_and_reordered_packets() {
     pingpong(47_313, &["--faults", script.to_str().expect("a text")], &["-e", "rdm"]);
 }
 
-/// The GID that a process shows, which stays until it is dropped.
-fn gid(dir: &Path, command: &[&str]) -> (Server, String) {
+/// The GID that a process shows, which stays until it is dropped, as its output is read until then.
+fn gid(dir: &Path, command: &[&str]) -> (Server, BufReader<ChildStdout>, String) {
     let file = "/sys/class/infiniband/rdmap0s0/ports/1/gids/0";
     let words = [command, &["tail", "-f", file]].concat();
     let child = softefa(dir, &[], &words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let mut server = Server(child.expect("a process"));
     let mut line = String::new();
-    BufReader::new(server.0.stdout.take().expect("piped")).read_line(&mut line).expect("text");
-    (server, line)
+    let mut output = BufReader::new(server.0.stdout.take().expect("piped"));
+    output.read_line(&mut line).expect("text");
+    (server, output, line)
 }
 
 #[test]
@@ -138,10 +139,10 @@ fn network_namespaces_are_hosts() {
         eprintln!("skipped: no leave to make a network namespace");
         return;
     }
-    let (_here, first) = gid(dir.path(), &[]);
-    let (_too, same) = gid(dir.path(), &[]);
-    let (_there, other) = gid(dir.path(), namespace);
-    let (_elsewhere, third) = gid(dir.path(), namespace);
+    let (_here, _a, first) = gid(dir.path(), &[]);
+    let (_too, _b, same) = gid(dir.path(), &[]);
+    let (_there, _c, other) = gid(dir.path(), namespace);
+    let (_elsewhere, _d, third) = gid(dir.path(), namespace);
     assert!(first.starts_with("fe80:"), "{first}");
     assert_eq!(first, same);
     assert!(first != other && other != third && first != third, "{first}{other}{third}");
