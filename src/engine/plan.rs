@@ -95,29 +95,17 @@ impl Plan {
                 )
             };
             if let Err(refusal) = add() {
-                self.enter_others(locals, users);
                 self.abandon(locals, users);
                 return Err(refusal.context(|| format!("request {index}")));
             }
         }
-        self.enter_others(locals, users);
         Ok(())
-    }
-
-    /// Neighbours in a region enter it at once, behind the first, which has entered already.
-    fn enter_others(&self, locals: &RangeMap<LocalRegion>, users: &Users) {
-        for run in self.pieces.chunk_by(|one, next| one.local_region == next.local_region) {
-            if run.len() > 1 {
-                let number = locals.at(run[0].local_region).number;
-                users.enter_more(number.index, run.len() as u32 - 1);
-            }
-        }
     }
 
     /// Takes back what [`Self::build`] entered.
     pub fn abandon(&mut self, locals: &RangeMap<LocalRegion>, users: &Users) {
         for piece in self.pieces.drain(..) {
-            users.leave(locals.at(piece.local_region).number.index, 1);
+            users.leave(locals.at(piece.local_region).number.index);
         }
     }
 
@@ -181,8 +169,7 @@ impl Plan {
             {
                 return Ok(());
             }
-            let inside = self.pieces.last().is_some_and(|last| last.local_region == *local_hint);
-            if !inside && !users.enter(ours.number) {
+            if !users.enter(ours.number) {
                 let text = format!("our memory at {at:#x} is being unregistered");
                 return Err(Error::new(Code::AddressNotRegistered, text).into());
             }

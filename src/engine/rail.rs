@@ -181,8 +181,6 @@ struct Driver<N> {
     /// Taken from the queue, not posted yet.
     taken: VecDeque<Span>,
     completed: Vec<u32>,
-    /// Of these, what was in flight.
-    landed: Vec<Flight>,
     failed: Vec<(u32, String)>,
     /// Polls to go before the provider is asked again after it said "again".
     hold_off: u32,
@@ -207,7 +205,6 @@ impl<N: Nic> Rail<N> {
             free: (0..depth).rev().collect(),
             taken: VecDeque::with_capacity(2 * TURN),
             completed: Vec::with_capacity(2 * TURN),
-            landed: Vec::with_capacity(2 * TURN),
             failed: Vec::new(),
             hold_off: 0,
             next_scan: 0,
@@ -292,7 +289,7 @@ impl<N: Nic> Rail<N> {
         now: u64,
         outcome: &mut Outcome,
     ) -> usize {
-        let Driver { nic, flights, free, completed, landed, failed, .. } = driver;
+        let Driver { nic, flights, free, completed, failed, .. } = driver;
         completed.clear();
         nic.poll(completed, failed);
         let mut land = |slot: u32| {
@@ -304,23 +301,14 @@ impl<N: Nic> Rail<N> {
             free.push(slot);
             Some(std::mem::replace(flight, Flight { state: State::Free, ..*flight }))
         };
-        landed.clear();
-        landed.extend(completed.iter().filter_map(|&slot| land(slot)));
-        if !landed.is_empty() {
-            let (mut written, mut read) = (0, 0);
-            // As in `end`, and in its order, but neighbours are counted at once.
-            for run in landed.chunk_by(|one, next| one.region == next.region) {
-                shared.users.leave(run[0].region, run.len() as u32);
-                for flight in run {
-                    let bytes = if flight.state == State::Write { &mut written } else { &mut read };
-                    *bytes += flight.length;
-                }
-            }
-            self.load.fetch_sub(written + read, Ordering::Release);
-            for flight in landed.iter() {
-                self.subtract(shared, flight.group, flight.length, outcome);
-            }
-            add(&self.counters.completed, landed.len() as u64);
+        let (mut count, mut written, mut read) = (0, 0, 0);
+        for flight in completed.iter().filter_map(|&slot| land(slot)) {
+            count += 1;
+            *(if flight.state == State::Write { &mut written } else { &mut read }) += flight.length;
+            self.end(shared, flight.group, flight.length, flight.region, outcome);
+        }
+        if count > 0 {
+            add(&self.counters.completed, count);
             add(&self.counters.bytes_written, written);
             add(&self.counters.bytes_read, read);
         }
@@ -492,14 +480,8 @@ impl<N: Nic> Rail<N> {
         region: u32,
         outcome: &mut Outcome,
     ) {
-        shared.users.leave(region, 1);
+        shared.users.leave(region);
         self.load.fetch_sub(length, Ordering::Release);
-        self.subtract(shared, group, length, outcome);
-    }
-
-    /// The last step of [`Self::end`]: whoever takes a group's last bytes finds the others gone from
-    /// their regions.
-    fn subtract(&self, shared: &Shared, group: GroupRef, length: u64, outcome: &mut Outcome) {
         if let Some(status) = shared.batches.group(group).subtract(length) {
             outcome.ended.push(Ended::new(group, status));
         }
