@@ -94,12 +94,15 @@ fn open_rw(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
-/// One process at a time holds it; the kernel lets go of it if that one is killed.
-fn guard(dir: &Path) -> Result<File, Error> {
-    let path = dir.join("guard");
-    open_rw(&path)
+/// Holds the file at `path` until what is returned is dropped: one process at a time does, and the
+/// kernel lets go of it if that one is killed.
+///
+/// # Errors
+/// The file cannot be made or locked.
+pub fn hold(path: &Path) -> Result<File, Error> {
+    open_rw(path)
         .and_then(|file| lock(&file, libc::LOCK_EX).map(|()| file))
-        .map_err(|error| Error::Io(path, error))
+        .map_err(|error| Error::Io(path.to_owned(), error))
 }
 
 /// Maps a file of at least `size_of::<T>()` bytes for good.
@@ -159,7 +162,7 @@ impl Cluster {
         if owner != me && me != 0 {
             return Err(Error::Foreign(dir.to_owned(), owner, me));
         }
-        let _guard = guard(dir)?;
+        let _guard = hold(&dir.join("guard"))?;
         let users = dir.join("users");
         let users_file = open_rw(&users).map_err(at(&users))?;
         let alone = lock(&users_file, libc::LOCK_EX | libc::LOCK_NB).is_ok();
@@ -198,7 +201,7 @@ impl Cluster {
     /// The table is full of living processes.
     pub fn join(&self) -> Result<Owner, Error> {
         // A place that is half taken looks like a dead one's: one at a time.
-        let _guard = self::guard(&self.dir)?;
+        let _guard = hold(&self.dir.join("guard"))?;
         let pid = std::process::id();
         for (index, process) in self.table.processes.iter().enumerate().skip(1) {
             let before = process.pid.load(Ordering::Acquire);
@@ -271,14 +274,9 @@ impl Cluster {
         };
     }
 
-    /// The number of this host: `SOFTEFA_HOST`, else one for each network namespace in the order
-    /// in which they come.
-    pub fn host(&self) -> u16 {
-        if let Some(number) =
-            std::env::var("SOFTEFA_HOST").ok().and_then(|text| text.trim().parse().ok())
-        {
-            return number;
-        }
+    /// The number of this host, if it was not given one: each network namespace is a host, in the
+    /// order in which they come.
+    pub fn host_of_namespace(&self) -> u16 {
         let here = fs::metadata("/proc/self/ns/net").map_or(1, |namespace| namespace.ino());
         for (number, host) in self.table.hosts.iter().enumerate() {
             match host.compare_exchange(0, here, Ordering::AcqRel, Ordering::Acquire) {

@@ -475,37 +475,33 @@ impl FromStr for Rule {
             "delay" => (&["by"], &OPERATION_ATTRIBUTES),
             _ => (&[], &OPERATION_ATTRIBUTES),
         };
+        if !FAULTS.contains(&name) {
+            return wrong(name, format!("not a fault; these are {}", FAULTS.join(", ")));
+        }
         // A full queue refuses before anyone looks where the operation goes.
         let common = common.iter().filter(|attribute| (name, **attribute) != ("full", "peer"));
         let allowed: Vec<_> = own.iter().chain(common).copied().collect();
-        let attributes = || Attributes::new(name, words, &allowed);
-        let (fault, attributes) = match name {
-            "error" => {
-                let attributes = attributes()?;
-                (Fault::Error { status: attributes.need("status", status)? }, attributes)
-            }
-            "delay" => {
-                let attributes = attributes()?;
-                (Fault::Delay { ns: attributes.need("by", duration)? }, attributes)
-            }
+        let attributes = Attributes::new(name, words, &allowed)?;
+        let fault = match name {
+            "error" => Fault::Error { status: attributes.need("status", status)? },
+            "delay" => Fault::Delay { ns: attributes.need("by", duration)? },
             "link" => {
-                let attributes = attributes()?;
                 let gbps = attributes.get("gbps", gbps)?;
                 let latency_ns = attributes.get("latency", duration)?;
                 if gbps.is_none() && latency_ns.is_none() {
                     return wrong(name, "needs `gbps=` or `latency=`, as in gbps=100 latency=20us");
                 }
-                (Fault::Link { gbps, latency_ns }, attributes)
+                Fault::Link { gbps, latency_ns }
             }
-            "lose" => (Fault::Lose, attributes()?),
-            "reorder" => (Fault::Reorder, attributes()?),
-            "full" => (Fault::Full, attributes()?),
-            "rnr" => (Fault::Rnr, attributes()?),
-            "corrupt" => (Fault::Corrupt, attributes()?),
-            "kill" => (Fault::Kill, attributes()?),
-            "down" => (Fault::Down, attributes()?),
-            "silent" => (Fault::Silent, attributes()?),
-            _ => return wrong(name, format!("not a fault; these are {}", FAULTS.join(", "))),
+            "lose" => Fault::Lose,
+            "reorder" => Fault::Reorder,
+            "full" => Fault::Full,
+            "rnr" => Fault::Rnr,
+            "corrupt" => Fault::Corrupt,
+            "kill" => Fault::Kill,
+            "down" => Fault::Down,
+            "silent" => Fault::Silent,
+            _ => unreachable!("one of FAULTS"),
         };
         let rule = Rule {
             fault,

@@ -147,3 +147,18 @@ fn network_namespaces_are_hosts() {
     assert_eq!(first, same);
     assert!(first != other && other != third && first != third, "{first}{other}{third}");
 }
+
+/// A number that is none is said, and nothing goes on as another host.
+#[test]
+fn a_wrong_host_is_refused() {
+    for (host, why) in [("one", "not a number"), ("65536", "at most 65535")] {
+        let dir = directory();
+        let words = ["env", &format!("SOFTEFA_HOST={host}"), "fi_info", "-p", "efa"];
+        let output = softefa(dir.path(), &[], &words).output().expect("fi_info");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && said.contains(&format!("SOFTEFA_HOST={host}: {why}")),
+            "{said}"
+        );
+    }
+}

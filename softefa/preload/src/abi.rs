@@ -15,7 +15,7 @@ use softefa_core::shared::{QPS, QpState};
 use softefa_core::sysfs::gid;
 
 use crate::cq::{Channel, Cq, DvCq, wc_opcode, wc_status};
-use crate::device::{AHS, Ah, Context, Device, Mr, place_of};
+use crate::device::{AHS, Ah, Context, Device, place_of};
 use crate::qp::{Qp, Sender, Wanted};
 use crate::verbs::*;
 use crate::wire::{self, Buffer, INLINE, TxWqe};
@@ -142,7 +142,12 @@ unsafe extern "C" fn ibv_open_device(device: *mut ibv_device) -> *mut ibv_contex
     let nic = match world.cluster.nic(world.host, device.index, true) {
         Ok(nic) => nic,
         Err(error) => {
-            eprintln!("softefa: NIC {}: {error}", device.index);
+            eprintln!(
+                "softefa: {}: NIC {} of host {}: {error}; the directory must be writable, with room for its files",
+                world.cluster.dir().display(),
+                device.index,
+                world.host
+            );
             return null(libc::ENODEV);
         }
     };
@@ -319,15 +324,7 @@ unsafe extern "C" fn query_port(
     };
     attr.phys_state = if down { 3 } else { 5 };
     // SAFETY: the caller's struct has `size` bytes; older ones are shorter.
-    unsafe {
-        ptr::write_bytes(to.cast::<u8>(), 0, size);
-        ptr::copy_nonoverlapping(
-            ptr::from_ref(&attr).cast::<u8>(),
-            to.cast::<u8>(),
-            size.min(size_of::<ibv_port_attr>()),
-        );
-    }
-    0
+    unsafe { answer(to, attr, size as u32) }
 }
 
 /// What programs call that were built before 2018, with the struct of then, a prefix of today's.
@@ -450,7 +447,7 @@ unsafe fn register(
     mr.length = length;
     mr.lkey = key;
     mr.rkey = key;
-    Box::into_raw(Box::new(Mr { mr })).cast()
+    Box::into_raw(Box::new(mr))
 }
 
 #[unsafe(no_mangle)]
@@ -506,7 +503,7 @@ unsafe extern "C" fn ibv_dereg_mr(mr: *mut ibv_mr) -> c_int {
     // SAFETY: from one of the functions above.
     unsafe {
         Context::of((*mr).context).nic.free_mr((*mr).rkey);
-        drop(Box::from_raw(mr.cast::<Mr>()));
+        drop(Box::from_raw(mr));
     }
     0
 }

@@ -12,7 +12,7 @@ use softefa_core::shared::{NicShared, Owner, QPS};
 use softefa_core::sysfs::gid;
 
 use crate::qp::Qp;
-use crate::verbs::{ibv_ah, ibv_context, ibv_device, ibv_mr, verbs_context};
+use crate::verbs::{ibv_ah, ibv_context, ibv_device, verbs_context};
 use crate::wire::NO_AH;
 use crate::world::World;
 
@@ -68,12 +68,6 @@ pub struct Peer {
 pub struct Ah {
     pub ah: ibv_ah,
     pub number: u16,
-}
-
-/// A registered region.
-#[repr(C)]
-pub struct Mr {
-    pub mr: ibv_mr,
 }
 
 /// Host and NIC of a GID, if it is one of ours.

@@ -122,10 +122,7 @@ impl TxWqe {
         if self.op() != SEND || from + bytes.len() > INLINE {
             return false;
         }
-        let mut all = [0; INLINE];
-        for (to, word) in all.chunks_exact_mut(8).zip(self.data) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
+        let mut all = self.inline();
         all[from..from + bytes.len()].copy_from_slice(bytes);
         for (word, bytes) in self.data.iter_mut().zip(all.chunks_exact(8)) {
             *word = u64::from_le_bytes(bytes.try_into().expect("8 bytes"));

@@ -126,8 +126,14 @@ fn make() -> Result<World, String> {
         abort_on_overrun: bounded("SOFTEFA_ABORT_ON_OVERRUN", 0, 1)? == 1,
         verbose: bounded("SOFTEFA_VERBOSE", 0, u64::MAX)? != 0,
     };
+    let host = match number("SOFTEFA_HOST")? {
+        Some(n) if n > u64::from(u16::MAX) => {
+            return Err(format!("softefa: SOFTEFA_HOST={n}: at most {}", u16::MAX));
+        }
+        n => n.map(|n| n as u16),
+    };
     let cluster = Cluster::open(&cluster::default_dir()).map_err(|error| error.to_string())?;
-    let host = cluster.host();
+    let host = host.unwrap_or_else(|| cluster.host_of_namespace());
     let root = cluster.dir().join(format!("sys-{host}"));
     sysfs::create(&root, &profile, host)
         .map_err(|error| format!("softefa: {}: {error}", root.display()))?;

@@ -1,9 +1,7 @@
 //! `softefa ctl`: the cluster's fault rules.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -199,23 +197,6 @@ impl Faults {
 
     /// Until the file is closed nobody else changes the rules.
     fn lock(&self) -> Result<File, Error> {
-        let path = self.dir.join("faults.lock");
-        let lock = || {
-            let file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&path)?;
-            // SAFETY: the descriptor is open.
-            while unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-            Ok(file)
-        };
-        lock().map_err(|error| Error::Io(path.clone(), error))
+        Ok(cluster::hold(&self.dir.join("faults.lock"))?)
     }
 }
