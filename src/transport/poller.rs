@@ -79,9 +79,9 @@ pub(super) fn run(
             if engine.turns(rail) != *seen {
                 *driven = now;
             }
-            // Not between two turns of theirs either: two threads that take turns at a rail are
-            // slower than one.
-            if busy && now - *driven < LOOK_AWAY.as_nanos() as u64 {
+            // Not between two turns of theirs either, nor between two batches: two threads that take
+            // turns at a rail are slower than one.
+            if now - *driven < LOOK_AWAY.as_nanos() as u64 {
                 others = true;
             } else {
                 active |= engine.poll(rail, now).unwrap_or(0) > 0;
