@@ -67,9 +67,9 @@ pub(super) struct GroupRef {
 }
 
 impl GroupRef {
-    /// Stands for the group `number` of a plan until it is started.
-    pub fn planned(number: u32) -> Self {
-        Self { slot: 0, first: number }
+    /// Stands for the group whose first request is number `first` of a submission, until it is started.
+    pub fn planned(first: u32) -> Self {
+        Self { slot: 0, first }
     }
 }
 
@@ -158,6 +158,24 @@ fn split(slot: u32) -> (usize, u32) {
 pub(super) struct Batches {
     classes: [Table<Batch>; CLASSES as usize],
     seal: Seal,
+}
+
+/// Finds groups, faster where one follows another of the same batch.
+pub(super) struct Groups<'a> {
+    all: &'a Batches,
+    slot: u32,
+    tasks: &'a [Task],
+}
+
+impl<'a> Groups<'a> {
+    /// A group, which must be held.
+    #[inline]
+    pub fn get(&mut self, group: GroupRef) -> &'a Task {
+        if group.slot != self.slot {
+            (self.slot, self.tasks) = (group.slot, self.all.at(group.slot).tasks());
+        }
+        &self.tasks[group.first as usize]
+    }
 }
 
 /// A batch that cannot be recycled while this exists.
@@ -288,6 +306,11 @@ impl Batches {
         &self.at(group.slot).tasks()[group.first as usize]
     }
 
+    /// [`Self::group`] for many groups.
+    pub fn groups(&self) -> Groups<'_> {
+        Groups { all: self, slot: u32::MAX, tasks: &[] }
+    }
+
     /// One more hold on a group's batch, for an [`Ended`] besides the one of its last byte.
     pub fn hold(&self, group: GroupRef) {
         self.at(group.slot).holds.fetch_add(1, Ordering::Relaxed);
@@ -308,14 +331,13 @@ impl Batches {
     /// Claims the publication of a group: true for one caller. `each` is called with every member's
     /// cookie, bytes moved and status; then [`Self::finish`] makes the status visible.
     pub fn claim(&self, ended: &Ended, mut each: impl FnMut(u64, u64, Status)) -> bool {
-        let batch = self.at(ended.group.slot);
-        let first = ended.group.first as usize;
-        let leader = &batch.tasks()[first];
+        let tasks = &self.at(ended.group.slot).tasks()[ended.group.first as usize..];
+        let leader = &tasks[0];
         if leader.verdict.fetch_or(PUBLISHED, Ordering::AcqRel) & PUBLISHED != 0 {
             return false;
         }
         let count = leader.members.load(Ordering::Relaxed);
-        for task in &batch.tasks()[first..first + count as usize] {
+        for task in &tasks[..count as usize] {
             let moved = match ended.status {
                 Status::Completed => task.length.load(Ordering::Relaxed),
                 _ => 0,
@@ -364,15 +386,6 @@ impl Pin<'_> {
         })
     }
 
-    /// Prepares task `index`.
-    pub fn prepare(&self, index: u32, length: u64, cookie: u64) {
-        let task = &self.batch.tasks()[index as usize];
-        task.members.store(0, Ordering::Relaxed);
-        task.length.store(length, Ordering::Relaxed);
-        task.cookie.store(cookie, Ordering::Relaxed);
-        task.status.store(Status::Pending as u32, Ordering::Release);
-    }
-
     /// Before `groups` groups of `tasks` tasks in all are started, with this deadline: counts them, at
     /// once for all of them. Each group holds the batch until it is published as quiet.
     pub fn begin(&self, groups: u32, tasks: u32, deadline: u64) {
@@ -381,30 +394,42 @@ impl Pin<'_> {
         self.batch.earliest.fetch_min(deadline, Ordering::Release);
     }
 
-    /// Makes `count` prepared tasks from `first` on one group of `bytes` bytes, counted by
-    /// [`Self::begin`].
+    /// Makes the tasks from `first` on one group, counted by [`Self::begin`]: one task for each of `tasks`,
+    /// which are lengths and cookies.
     pub fn start_group(
         &self,
         first: u32,
-        count: u32,
+        tasks: &[(u64, u64)],
         bytes: u64,
         aim: Aim,
         now: u64,
         deadline: u64,
     ) -> GroupRef {
-        let task = &self.batch.tasks()[first as usize];
-        task.remaining.store(bytes, Ordering::Relaxed);
-        task.verdict.store(0, Ordering::Relaxed);
-        task.aim.store(aim.target << 1 | u32::from(aim.write), Ordering::Relaxed);
-        task.started.store(now, Ordering::Relaxed);
-        task.deadline.store(deadline, Ordering::Relaxed);
+        let places = &self.batch.tasks()[first as usize..][..tasks.len()];
+        for (place, &(length, cookie)) in places.iter().zip(tasks) {
+            place.members.store(0, Ordering::Relaxed);
+            place.length.store(length, Ordering::Relaxed);
+            place.cookie.store(cookie, Ordering::Relaxed);
+            place.status.store(Status::Pending as u32, Ordering::Release);
+        }
+        let leader = &places[0];
+        leader.remaining.store(bytes, Ordering::Relaxed);
+        leader.verdict.store(0, Ordering::Relaxed);
+        leader.aim.store(aim.target << 1 | u32::from(aim.write), Ordering::Relaxed);
+        leader.started.store(now, Ordering::Relaxed);
+        leader.deadline.store(deadline, Ordering::Relaxed);
         // Last: a group that others can see is whole.
-        task.members.store(count, Ordering::Release);
+        leader.members.store(tasks.len() as u32, Ordering::Release);
         self.group_at(first)
     }
 
+    /// A [`GroupRef::planned`] group, when its submission's tasks start at `first`.
+    pub fn started(&self, planned: GroupRef, first: u32) -> GroupRef {
+        self.group_at(first + planned.first)
+    }
+
     /// The group whose first task is `first`.
-    pub fn group_at(&self, first: u32) -> GroupRef {
+    fn group_at(&self, first: u32) -> GroupRef {
         GroupRef { slot: self.slot, first }
     }
 
@@ -462,8 +487,9 @@ impl Pin<'_> {
     pub fn overdue(&self, now: u64) -> impl Iterator<Item = Ended> {
         let tasks: &[Task] = if self.batch.may_be_late(now) { self.batch.tasks() } else { &[] };
         (0..self.used()).zip(tasks).filter_map(move |(first, task)| {
-            let pending = task.members.load(Ordering::Acquire) > 0
-                && task.status.load(Ordering::Acquire) == Status::Pending as u32
+            // In this order: a task that is pending has left its former life.
+            let pending = task.status.load(Ordering::Acquire) == Status::Pending as u32
+                && task.members.load(Ordering::Acquire) > 0
                 && late(now, task.deadline.load(Ordering::Relaxed));
             pending.then(|| {
                 self.batch.holds.fetch_add(1, Ordering::Relaxed);
@@ -523,7 +549,10 @@ impl Task {
     /// Takes `bytes` off the group's remaining ones. `Some` with its final status for the caller
     /// who took the last.
     pub fn subtract(&self, bytes: u64) -> Option<Status> {
-        if self.remaining.fetch_sub(bytes, Ordering::AcqRel) != bytes {
+        // If only these are left, nobody else has any to take off: a store will do.
+        if self.remaining.load(Ordering::Acquire) == bytes {
+            self.remaining.store(0, Ordering::Relaxed);
+        } else if self.remaining.fetch_sub(bytes, Ordering::AcqRel) != bytes {
             return None;
         }
         Some(match self.verdict.load(Ordering::Acquire) & !PUBLISHED {

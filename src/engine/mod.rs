@@ -31,7 +31,7 @@ use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
 use failure::FailureLog;
 pub use nic::{Nic, Operation, PeerAddress, Post};
-use plan::Plan;
+use plan::{Plan, Way};
 pub use rail::RailCounters;
 use rail::{Outcome, Rail, STUCK, Shared, Span};
 use region::{LocalRegion, Number, RangeMap};
@@ -646,47 +646,69 @@ impl<N: Nic> Engine<N> {
         spans.iter_mut().for_each(Vec::clear);
         loads.clear();
         loads.extend(self.rails.iter().map(Rail::load));
-        let mut rotation = self.rotation.fetch_add(1, Ordering::Relaxed);
-        for index in 0..plan.pieces.len() {
-            let piece = plan.pieces[index];
-            let (id, target) = &plan.targets[piece.target as usize];
-            let local = locals.at(piece.local_region);
-            let remote = target.regions.at(piece.remote_region);
-            let base = if self.virtual_addresses { 0 } else { remote.start };
-            let part = plan::cut(piece.length, plan.stripe(local.rails.len()));
-            plan.pieces[index].spans = piece.length.div_ceil(part) as u32;
+        let turn = self.rotation.fetch_add(1, Ordering::Relaxed);
+        let (mut lane, mut used) = (None::<Lane>, 0);
+        for piece in &plan.pieces {
+            if plan.uses[used].local_region != piece.way.local_region {
+                used += 1;
+            }
+            let local = locals.at(piece.way.local_region as usize);
+            let region = local.number.index;
+            let stripe = match &lane {
+                Some(lane) if lane.way == piece.way => lane.stripe,
+                _ => plan.stripe(local.rails.len()),
+            };
+            let part = plan::cut(piece.length, stripe);
             let mut done = 0;
             while done < piece.length {
-                let length = part.min(piece.length - done);
-                let choices = local.rails.len();
-                let turn = rotation;
-                let mut rails =
-                    (0..choices).map(|choice| usize::from(local.rails[(choice + turn) % choices]));
-                let rail = if self.settings.round_robin {
-                    rotation += 1;
-                    rails.next()
-                } else {
-                    rails.min_by_key(|&rail| loads[rail])
+                let lane = match &mut lane {
+                    Some(lane) if lane.way == piece.way && lane.left > 0 => lane,
+                    lane => {
+                        let (id, target) = &plan.targets[piece.way.target as usize];
+                        let rail = if self.settings.round_robin {
+                            self.next_rail(local)
+                        } else {
+                            least_loaded(&local.rails, turn, loads)
+                        };
+                        let remote = target.regions.at(piece.way.remote_region as usize);
+                        // Rails meet the peer's NICs in the same order: neighbours do not crowd on one.
+                        let (nic, key) = remote.keys[rail % remote.keys.len()];
+                        lane.insert(Lane {
+                            way: piece.way,
+                            stripe,
+                            rail,
+                            peer: self.peer(*id, target, rail, nic)?,
+                            key,
+                            base: if self.virtual_addresses { 0 } else { remote.start },
+                            left: if self.settings.round_robin { 1 } else { plan::RUN },
+                        })
+                    }
                 };
-                let rail = rail.expect("a region has rails");
-                // Rails meet the peer's NICs in the same order: neighbours do not crowd on one.
-                let (nic, key) = remote.keys[rail % remote.keys.len()];
-                spans[rail].push(Span {
-                    group: batch::GroupRef::planned(piece.group),
+                let length = part.min(piece.length - done);
+                spans[lane.rail].push(Span {
+                    group: batch::GroupRef::planned(piece.first),
                     local: piece.local + done,
-                    remote: piece.remote + done - base,
+                    remote: piece.remote + done - lane.base,
                     length,
-                    key,
-                    peer: self.peer(*id, target, rail, nic)?,
+                    key: lane.key,
+                    peer: lane.peer,
                     deadline,
-                    region: local.number.index,
-                    write: piece.write,
+                    region,
+                    write: piece.way.write,
                 });
-                loads[rail] += length;
+                plan.uses[used].spans += 1;
+                loads[lane.rail] += length;
+                lane.left = lane.left.saturating_sub(length);
                 done += length;
             }
         }
         Ok(())
+    }
+
+    /// The next of a region's rails, whatever they have to do.
+    fn next_rail(&self, local: &LocalRegion) -> usize {
+        let turn = self.rotation.fetch_add(1, Ordering::Relaxed);
+        usize::from(local.rails[turn % local.rails.len()])
     }
 
     /// Starts what was planned and placed, as the tasks from `first` on of a batch.
@@ -700,24 +722,22 @@ impl<N: Nic> Engine<N> {
         deadline: u64,
     ) {
         let Scratch { plan, spans, .. } = scratch;
-        for (index, &(length, cookie)) in plan.tasks.iter().enumerate() {
-            pin.prepare(first + index as u32, length, cookie);
-        }
         let mut events = EVENTS.take();
         pin.begin(plan.groups.len() as u32, plan.tasks.len() as u32, deadline);
         for group in &plan.groups {
             let target = self.seal.place(plan.targets[group.target as usize].0.0).0;
             let aim = Aim { target, write: group.write };
+            let tasks = &plan.tasks[group.first as usize..][..group.tasks as usize];
             let at = first + group.first;
-            let started = pin.start_group(at, group.tasks, group.bytes, aim, now, deadline);
+            let started = pin.start_group(at, tasks, group.bytes, aim, now, deadline);
             if group.bytes == 0 {
                 events.outcome.ended.push(Ended::new(started, Status::Completed));
             }
         }
-        // Each span uses its region; the first of a piece takes over the piece's own use.
-        for piece in plan.pieces.iter().filter(|piece| piece.spans > 1) {
-            let number = locals.at(piece.local_region).number.index;
-            self.shared.users.enter_more(number, piece.spans - 1);
+        // Each span uses its region; the first of an entry takes over the entry's own use.
+        for used in &plan.uses {
+            let number = locals.at(used.local_region as usize).number.index;
+            self.shared.users.enter_more(number, used.spans - 1);
         }
         for (rail, spans) in self.rails.iter().zip(spans) {
             if spans.is_empty() {
@@ -725,8 +745,7 @@ impl<N: Nic> Engine<N> {
             }
             let mut bytes = 0;
             for span in spans.iter_mut() {
-                let group = &plan.groups[span.group.first as usize];
-                span.group = pin.group_at(first + group.first);
+                span.group = pin.started(span.group, first);
                 bytes += span.length;
             }
             rail.push(spans, bytes);
@@ -892,6 +911,27 @@ impl<N: Nic> Engine<N> {
             });
         }
     }
+}
+
+/// The rail of a run of pieces.
+struct Lane {
+    way: Way,
+    /// How long a piece may be on one rail.
+    stripe: u64,
+    rail: usize,
+    peer: PeerAddress,
+    key: u64,
+    /// What remote addresses are relative to.
+    base: u64,
+    /// Bytes until another rail is chosen.
+    left: u64,
+}
+
+/// The rail with the least to do. `turn` says where to start, so that equals take turns.
+fn least_loaded(rails: &[u16], turn: usize, loads: &[u64]) -> usize {
+    let (before, from) = rails.split_at(turn % rails.len());
+    let rails = from.iter().chain(before).map(|&rail| usize::from(rail));
+    rails.min_by_key(|&rail| loads[rail]).expect("a region has rails")
 }
 
 /// A count of requests as one of tasks.

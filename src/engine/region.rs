@@ -130,9 +130,9 @@ impl Users {
         self.count(index).fetch_add(i64::from(pieces), Ordering::Relaxed);
     }
 
-    /// One piece less.
-    pub fn leave(&self, index: u32) {
-        self.count(index).fetch_sub(1, Ordering::Release);
+    /// Some pieces less.
+    pub fn leave(&self, index: u32, pieces: u32) {
+        self.count(index).fetch_sub(i64::from(pieces), Ordering::Release);
     }
 
     /// Closes the region if nothing uses it; otherwise the count of pieces that do.
@@ -189,7 +189,7 @@ mod tests {
         let number = users.open().expect("room");
         assert!(users.enter(number));
         assert_eq!(users.close(number), Err(1));
-        users.leave(number.index);
+        users.leave(number.index, 1);
         assert_eq!(users.close(number), Ok(()));
         assert!(!users.enter(number));
         assert!(users.close(number).is_err(), "closed once");
