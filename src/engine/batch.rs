@@ -176,6 +176,24 @@ impl<'a> Groups<'a> {
         }
         &self.tasks[group.first as usize]
     }
+
+    /// Claims the publication of a group: true for one caller. `each` is called with every member's
+    /// cookie, bytes moved and status; then [`Batches::finish`] makes the status visible.
+    pub fn claim(&mut self, ended: &Ended, mut each: impl FnMut(u64, u64, Status)) -> bool {
+        let leader = self.get(ended.group);
+        if leader.verdict.fetch_or(PUBLISHED, Ordering::AcqRel) & PUBLISHED != 0 {
+            return false;
+        }
+        let count = leader.members.load(Ordering::Relaxed);
+        for task in &self.tasks[ended.group.first as usize..][..count as usize] {
+            let moved = match ended.status {
+                Status::Completed => task.length.load(Ordering::Relaxed),
+                _ => 0,
+            };
+            each(task.cookie.load(Ordering::Relaxed), moved, ended.status);
+        }
+        true
+    }
 }
 
 /// A batch that cannot be recycled while this exists.
@@ -328,25 +346,6 @@ impl Batches {
         true
     }
 
-    /// Claims the publication of a group: true for one caller. `each` is called with every member's
-    /// cookie, bytes moved and status; then [`Self::finish`] makes the status visible.
-    pub fn claim(&self, ended: &Ended, mut each: impl FnMut(u64, u64, Status)) -> bool {
-        let tasks = &self.at(ended.group.slot).tasks()[ended.group.first as usize..];
-        let leader = &tasks[0];
-        if leader.verdict.fetch_or(PUBLISHED, Ordering::AcqRel) & PUBLISHED != 0 {
-            return false;
-        }
-        let count = leader.members.load(Ordering::Relaxed);
-        for task in &tasks[..count as usize] {
-            let moved = match ended.status {
-                Status::Completed => task.length.load(Ordering::Relaxed),
-                _ => 0,
-            };
-            each(task.cookie.load(Ordering::Relaxed), moved, ended.status);
-        }
-        true
-    }
-
     /// Makes the status of claimed groups visible, and gives up the holds in `ended`. What is counted is
     /// counted once for neighbours of one batch.
     pub fn finish(&self, ended: impl Iterator<Item = Ended>) {
@@ -354,13 +353,14 @@ impl Batches {
         while let Some(first) = ended.next() {
             let slot = first.group.slot;
             let batch = self.at(slot);
-            let mut tasks = batch.finish(&first);
+            let tasks = batch.tasks();
+            let mut count = batch.finish(tasks, &first);
             let mut holds = 1;
             while let Some(next) = ended.next_if(|next| next.group.slot == slot) {
-                tasks += batch.finish(&next);
+                count += batch.finish(tasks, &next);
                 holds += 1;
             }
-            batch.unfinished.fetch_sub(tasks, Ordering::Release);
+            batch.unfinished.fetch_sub(count, Ordering::Release);
             self.release(slot, batch, holds);
         }
     }
@@ -505,17 +505,18 @@ impl Pin<'_> {
 }
 
 impl Batch {
-    /// Makes the status of a claimed group visible. The tasks that ended so.
-    fn finish(&self, ended: &Ended) -> u32 {
+    /// Makes the status of a claimed group visible, whose tasks are among these of the batch. How many
+    /// tasks it has.
+    fn finish(&self, tasks: &[Task], ended: &Ended) -> u32 {
         if !ended.claimed {
             return 0;
         }
-        let first = ended.group.first as usize;
-        let count = self.tasks()[first].members.load(Ordering::Relaxed);
+        let tasks = &tasks[ended.group.first as usize..];
+        let count = tasks[0].members.load(Ordering::Relaxed);
         if ended.status != Status::Completed {
             self.failed.fetch_add(count, Ordering::Relaxed);
         }
-        for task in &self.tasks()[first..first + count as usize] {
+        for task in &tasks[..count as usize] {
             task.status.store(ended.status as u32, Ordering::Release);
         }
         count
@@ -577,6 +578,11 @@ impl Task {
     /// Nanoseconds since the group was submitted.
     pub fn age(&self, now: u64) -> u64 {
         now.saturating_sub(self.started.load(Ordering::Relaxed))
+    }
+
+    /// When the group must have ended, nanoseconds.
+    pub fn deadline(&self) -> u64 {
+        self.deadline.load(Ordering::Relaxed)
     }
 
     /// Bytes of the group that have not ended.

@@ -620,7 +620,7 @@ impl<N: Nic> Engine<N> {
         let locals = self.locals.load();
         let users = &self.shared.users;
         scratch.plan.build(requests, &locals, users, |id| self.target(id), self.settings.merge)?;
-        let placed = self.place(scratch, &locals, deadline);
+        let placed = self.place(scratch, &locals);
         match placed.and_then(|()| Ok(pin.reserve(count)?)) {
             Ok(first) => {
                 self.start(scratch, &locals, &pin, first, now, deadline);
@@ -638,7 +638,6 @@ impl<N: Nic> Engine<N> {
         &self,
         scratch: &mut Scratch,
         locals: &RangeMap<LocalRegion>,
-        deadline: u64,
     ) -> Result<(), Refusal> {
         let rails = self.rails.len();
         let Scratch { plan, spans, loads } = scratch;
@@ -692,7 +691,6 @@ impl<N: Nic> Engine<N> {
                     length,
                     key: lane.key,
                     peer: lane.peer,
-                    deadline,
                     region,
                     write: piece.way.write,
                 });
@@ -889,9 +887,10 @@ impl<N: Nic> Engine<N> {
         let _calling = Calling;
         let batches = &self.shared.batches;
         while !all.is_empty() {
+            let mut groups = batches.groups();
             for ended in all.iter_mut() {
                 let observed = self.observer.is_some();
-                ended.claimed = batches.claim(ended, |cookie, bytes, status| {
+                ended.claimed = groups.claim(ended, |cookie, bytes, status| {
                     if observed {
                         finished.push(Finished { cookie, bytes, status });
                     }

@@ -51,8 +51,6 @@ pub(super) struct Span {
     pub length: u64,
     pub key: u64,
     pub peer: PeerAddress,
-    /// Nanoseconds on the caller's clock.
-    pub deadline: u64,
     pub region: u32,
     pub write: bool,
 }
@@ -63,9 +61,10 @@ struct Flight {
     group: GroupRef,
     length: u64,
     peer: PeerAddress,
-    deadline: u64,
     region: u32,
     state: State,
+    /// Its group was told that its deadline passed.
+    told: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,6 +194,7 @@ impl<'a, N> Ends<'a, N> {
     }
 
     /// `length` bytes of a group, in `region`, are done with.
+    #[inline]
     fn end(&mut self, group: GroupRef, length: u64, region: u32) {
         if region != self.region {
             self.leave();
@@ -244,9 +244,9 @@ impl<N: Nic> Rail<N> {
             group: GroupRef::default(),
             length: 0,
             peer: PeerAddress(0),
-            deadline: 0,
             region: 0,
             state: State::Free,
+            told: false,
         };
         let driver = Driver {
             nic,
@@ -431,7 +431,7 @@ impl<N: Nic> Rail<N> {
             }
             let Some(span) = taken.front_mut() else { break };
             let group = groups.get(span.group);
-            if now >= span.deadline && !group.is_condemned() {
+            if now >= group.deadline() && !group.is_condemned() {
                 self.time_out(shared, span.group, span.length, now, NOT_POSTED, outcome);
             }
             if group.is_condemned() {
@@ -462,9 +462,9 @@ impl<N: Nic> Rail<N> {
                         group: span.group,
                         length,
                         peer: span.peer,
-                        deadline: span.deadline,
                         region: span.region,
                         state: if span.write { State::Write } else { State::Read },
+                        told: false,
                     };
                     if length == span.length {
                         // The operation takes over the span's use of the region.
@@ -497,9 +497,10 @@ impl<N: Nic> Rail<N> {
     /// Ends what is past its deadline. What is queued is given up; what is in flight stays the
     /// provider's until it comes back, but its group is told now.
     fn scan(&self, driver: &mut Driver<N>, shared: &Shared, now: u64, outcome: &mut Outcome) {
-        for flight in &mut driver.flights {
-            if flight.state != State::Free && now >= flight.deadline {
-                flight.deadline = u64::MAX;
+        let mut groups = shared.batches.groups();
+        for flight in driver.flights.iter_mut().filter(|it| it.state != State::Free && !it.told) {
+            if now >= groups.get(flight.group).deadline() {
+                flight.told = true;
                 add(&self.counters.overdue, 1);
                 self.time_out(shared, flight.group, flight.length, now, NOT_BACK, outcome);
                 shared.batches.hold(flight.group);
@@ -507,8 +508,8 @@ impl<N: Nic> Rail<N> {
             }
         }
         let mut keep = |span: &Span| {
-            let group = shared.batches.group(span.group);
-            if now >= span.deadline && !group.is_condemned() {
+            let group = groups.get(span.group);
+            if now >= group.deadline() && !group.is_condemned() {
                 self.time_out(shared, span.group, span.length, now, NOT_POSTED, outcome);
             }
             let keep = !group.is_condemned();
