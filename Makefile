@@ -31,6 +31,7 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	@scripts/setup build test
 	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace
 	$(ENV) $(CARGO) test $(CARGO_FLAGS) --release --workspace
+	bench/test
 	@# The emulator's ring, in every order that its senders can come in.
 	$(ENV) RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=$(TARGET_DIR)/loom \
 		$(CARGO) test $(CARGO_FLAGS) --release -p softefa --lib
