@@ -17,7 +17,7 @@ EFA_DIR := /dev/shm/mefa-test-$(shell pwd | cksum | cut -d' ' -f1)
 ENV := . scripts/env &&
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-mooncake bench lint header bindings install clean help raw_rma cmake
+.PHONY: build demo test test-mooncake bench lint header bindings install clean help bench-programs cmake
 
 build: ## the library and the command, in target/release
 	@scripts/setup build
@@ -31,6 +31,7 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	@scripts/setup build test
 	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace
 	$(ENV) $(CARGO) test $(CARGO_FLAGS) --release --workspace
+	bench/test
 	@# The emulator's ring, in every order that its senders can come in.
 	$(ENV) RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=$(TARGET_DIR)/loom \
 		$(CARGO) test $(CARGO_FLAGS) --release -p softefa --lib
@@ -48,15 +49,21 @@ test-mooncake: build ## the published Mooncake with our transport in it; PYTEST_
 	$(ENV) cmake --build build --target mooncake_efa_swap
 	.tools/mooncake/bin/pytest tests/mooncake $(PYTEST_ARGS)
 
-bench: build raw_rma ## against a plain libfabric loop; BENCH_ARGS='--rounds 3', see bench/run --help
-	bench/run --ours $(BIN) --raw build/bench/raw_rma $(BENCH_ARGS)
+bench: build bench-programs ## raw loop, ours, and Mooncake's C++ transport; BENCH_ARGS='--quick', see bench/run --help
+	bench/run --out bench/out/bench.json $(BENCH_ARGS)
+	$$([ -x .tools/bench/bin/python ] && echo .tools/bench/bin/python || echo python3) \
+		bench/report --plots bench/out --markdown bench/out/report.md bench/out/bench.json
 
-raw_rma:
+bench-programs: # raw_rma and c_abi, in build/bench
 	@scripts/setup bench
 	@mkdir -p build/bench
 	PKG_CONFIG_PATH="$$PKG_CONFIG_PATH:/opt/amazon/efa/lib/pkgconfig:/opt/amazon/efa/lib64/pkgconfig" \
 	sh -c 'cc -std=gnu11 -O2 -Wall -Wextra -o build/bench/raw_rma bench/raw_rma.c \
 		$$(pkg-config --cflags --libs libfabric) -Wl,--enable-new-dtags,-rpath,$$(pkg-config --variable=libdir libfabric)'
+	@# By the name that the loader looks for, beside the program.
+	cp $(TARGET_DIR)/release/libmooncake_efa.so build/bench/libmooncake_efa.so.0
+	cc -std=gnu11 -O2 -Wall -Wextra -pthread -Iinclude -o build/bench/c_abi bench/c_abi.c \
+		build/bench/libmooncake_efa.so.0 -Wl,--enable-new-dtags,-rpath,'$$ORIGIN'
 
 lint: build ## formatting, clippy, and that header, symbols and `unsafe` are as they should be
 	@scripts/setup lint header

@@ -92,6 +92,7 @@ static struct {
     size_t buffer;
     char *devices[2]; /* initiator's, target's; NULL: the provider's first */
     bool delivery;
+    bool gate;
     bool json;
 } opt = {
     .provider = "shm",
@@ -113,6 +114,8 @@ static void usage(int status) {
             "  --buffer BYTES       memory that the operations walk through (67108864)\n"
             "  --devices A[,B]      domain of the initiator, and of the target if another\n"
             "  --complete delivery|transmit   when a write counts as done (delivery)\n"
+            "  --gate               when warm, say so in a line, and begin when told so by one on\n"
+            "                       standard input: for several loops that run together\n"
             "  --json               one JSON object instead of a line of text\n");
     exit(status);
 }
@@ -132,8 +135,8 @@ static void parse(int argc, char **argv) {
         {"size", required_argument, NULL, 's'},     {"window", required_argument, NULL, 'w'},
         {"duration", required_argument, NULL, 'd'}, {"buffer", required_argument, NULL, 'b'},
         {"devices", required_argument, NULL, 'D'},  {"complete", required_argument, NULL, 'c'},
-        {"json", no_argument, NULL, 'j'},           {"help", no_argument, NULL, 'h'},
-        {0},
+        {"gate", no_argument, NULL, 'g'},           {"json", no_argument, NULL, 'j'},
+        {"help", no_argument, NULL, 'h'},           {0},
     };
     int c;
     while ((c = getopt_long(argc, argv, "h", names, NULL)) != -1) {
@@ -163,6 +166,7 @@ static void parse(int argc, char **argv) {
                 die("--complete: delivery or transmit");
             opt.delivery = !strcmp(optarg, "delivery");
             break;
+        case 'g': opt.gate = true; break;
         case 'j': opt.json = true; break;
         case 'h': usage(0); break;
         default: usage(2);
@@ -380,6 +384,8 @@ static void run_target(int fd, pid_t parent) {
     if (getppid() != parent) /* it died before that call */
         exit(1);
 
+    /* On an emulated EFA device the other side is another host. */
+    setenv("SOFTEFA_HOST", "1", 1);
     struct side s = {0};
     open_side(&s, true);
     if (opt.read)
@@ -484,6 +490,12 @@ static void run_initiator(int fd) {
     drain(&l, &done);
     uint64_t word = 0;
     uint64_t warm = done;
+    if (opt.gate) {
+        puts("ready");
+        fflush(stdout);
+        if (getchar() == EOF)
+            die("--gate: standard input ended");
+    }
     put(fd, &word, sizeof(word));
 
     done = 0;
