@@ -482,11 +482,15 @@ impl Pin<'_> {
         self.batch.used.load(Ordering::Acquire)
     }
 
+    /// See [`Batch::may_be_late`].
+    pub fn may_be_late(&self, now: u64) -> bool {
+        self.batch.may_be_late(now)
+    }
+
     /// Groups whose deadline passed a while ago, each with a hold. Their rails see to deadlines
     /// themselves; these are for a rail whose driver does not come back from the provider.
     pub fn overdue(&self, now: u64) -> impl Iterator<Item = Ended> {
-        let tasks: &[Task] = if self.batch.may_be_late(now) { self.batch.tasks() } else { &[] };
-        (0..self.used()).zip(tasks).filter_map(move |(first, task)| {
+        (0..self.used()).zip(self.batch.tasks()).filter_map(move |(first, task)| {
             // In this order: a task that is pending has left its former life.
             let pending = task.status.load(Ordering::Acquire) == Status::Pending as u32
                 && task.members.load(Ordering::Acquire) > 0

@@ -68,6 +68,15 @@ pub struct Finished {
     pub status: Status,
 }
 
+/// What [`Engine::progress`] brought.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Operations posted or finished.
+    pub events: usize,
+    /// Somebody else was at a rail that has work.
+    pub contended: bool,
+}
+
 /// Called with tasks that got their final status, before the status can be seen. Called by whatever
 /// thread made the progress, under no lock of the engine; it may submit, and must not block. It is not
 /// called inside itself: what ends by its own calls is told when it has returned.
@@ -169,7 +178,7 @@ pub struct Engine<N> {
     failures: FailureLog,
     observer: Option<Observer>,
     settings: Settings,
-    /// Where the next submission starts looking for a rail, so that equals take turns.
+    /// Rails given out in turn so far, where that is wanted.
     rotation: AtomicUsize,
     virtual_addresses: bool,
 }
@@ -579,8 +588,8 @@ impl<N: Nic> Engine<N> {
         let mut scratch = SCRATCH.take();
         let result = self.submit_with(&mut scratch, batch, requests, now, deadline);
         if result.is_ok() {
-            for (rail, spans) in self.rails.iter().zip(&scratch.spans) {
-                if !spans.is_empty() {
+            for rail in self.from_home() {
+                if !scratch.spans[rail.index].is_empty() {
                     self.drive(rail, now);
                 }
             }
@@ -645,7 +654,6 @@ impl<N: Nic> Engine<N> {
         spans.iter_mut().for_each(Vec::clear);
         loads.clear();
         loads.extend(self.rails.iter().map(Rail::load));
-        let turn = self.rotation.fetch_add(1, Ordering::Relaxed);
         let (mut lane, mut used) = (None::<Lane>, 0);
         for piece in &plan.pieces {
             if plan.uses[used].local_region != piece.way.local_region {
@@ -653,9 +661,9 @@ impl<N: Nic> Engine<N> {
             }
             let local = locals.at(piece.way.local_region as usize);
             let region = local.number.index;
-            let stripe = match &lane {
-                Some(lane) if lane.way == piece.way => lane.stripe,
-                _ => plan.stripe(local.rails.len()),
+            let (stripe, level) = match &lane {
+                Some(lane) if lane.way == piece.way => (lane.stripe, lane.level),
+                _ => (plan.stripe(local.rails.len()), level(&local.rails, loads, plan.bytes)),
             };
             let part = plan::cut(piece.length, stripe);
             let mut done = 0;
@@ -667,7 +675,7 @@ impl<N: Nic> Engine<N> {
                         let rail = if self.settings.round_robin {
                             self.next_rail(local)
                         } else {
-                            least_loaded(&local.rails, turn, loads)
+                            least_loaded(&local.rails, home(), loads)
                         };
                         let remote = target.regions.at(piece.way.remote_region as usize);
                         // Rails meet the peer's NICs in the same order: neighbours do not crowd on one.
@@ -675,11 +683,16 @@ impl<N: Nic> Engine<N> {
                         lane.insert(Lane {
                             way: piece.way,
                             stripe,
+                            level,
                             rail,
                             peer: self.peer(*id, target, rail, nic)?,
                             key,
                             base: if self.virtual_addresses { 0 } else { remote.start },
-                            left: if self.settings.round_robin { 1 } else { plan::RUN },
+                            left: if self.settings.round_robin {
+                                1
+                            } else {
+                                plan::SMALLEST_STRIPE.max(level.saturating_sub(loads[rail]))
+                            },
                         })
                     }
                 };
@@ -817,20 +830,30 @@ impl<N: Nic> Engine<N> {
         self.rails[rail].turns()
     }
 
-    /// Makes progress on the rails that have work. The count of operations posted or finished.
-    pub fn progress(&self, now: u64) -> usize {
-        let busy = self.rails.iter().filter(|rail| rail.load() > 0);
-        busy.map(|rail| self.drive(rail, now).unwrap_or(0)).sum()
+    /// Makes progress on the rails that have work.
+    pub fn progress(&self, now: u64) -> Progress {
+        let mut progress = Progress::default();
+        for rail in self.from_home().filter(|rail| rail.load() > 0) {
+            match self.drive(rail, now) {
+                Some(events) => progress.events += events,
+                None => progress.contended = true,
+            }
+        }
+        progress
     }
 
-    /// Ends a batch's requests whose deadline passed, though their rail may be stuck in the provider.
-    pub fn expire(&self, batch: BatchId, now: u64) -> Result<()> {
-        let pin = self.shared.batches.pin(batch)?;
-        self.time_out(now, |each| pin.overdue(now).for_each(each));
-        Ok(())
+    /// All rails, this thread's own first.
+    fn from_home(&self) -> impl Iterator<Item = &Rail<N>> {
+        let (before, from) = self.rails.split_at(home() % self.rails.len());
+        from.iter().chain(before)
     }
 
-    /// [`Self::expire`] for every batch, also those that nobody has a number of.
+    /// To look at one batch often.
+    pub fn watch(&self, batch: BatchId) -> Result<Watch<'_, N>> {
+        Ok(Watch { engine: self, pin: self.shared.batches.pin(batch)? })
+    }
+
+    /// Ends requests whose deadline passed, though their rail may be stuck in the provider.
     pub fn expire_all(&self, now: u64) {
         self.time_out(now, |each| self.shared.batches.overdue(now, each));
     }
@@ -917,6 +940,8 @@ struct Lane {
     way: Way,
     /// How long a piece may be on one rail.
     stripe: u64,
+    /// See [`level`].
+    level: u64,
     rail: usize,
     peer: PeerAddress,
     key: u64,
@@ -926,11 +951,48 @@ struct Lane {
     left: u64,
 }
 
-/// The rail with the least to do. `turn` says where to start, so that equals take turns.
-fn least_loaded(rails: &[u16], turn: usize, loads: &[u64]) -> usize {
-    let (before, from) = rails.split_at(turn % rails.len());
+/// This thread's number. Threads start with different rails, in what they submit and in what they drive: then
+/// they meet less often, and a rail's data stay in the cache of one core. So do processes.
+fn home() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static HOME: usize =
+            NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add(std::process::id() as usize);
+    }
+    HOME.with(|home| *home)
+}
+
+/// What each of these rails will have to do when `bytes` more are spread evenly.
+fn level(rails: &[u16], loads: &[u64], bytes: u64) -> u64 {
+    let now: u64 = rails.iter().map(|&rail| loads[usize::from(rail)]).sum();
+    (now + bytes).div_ceil(rails.len() as u64)
+}
+
+/// The rail with the least to do; of equals, the first from `home` on.
+fn least_loaded(rails: &[u16], home: usize, loads: &[u64]) -> usize {
+    let (before, from) = rails.split_at(home % rails.len());
     let rails = from.iter().chain(before).map(|&rail| usize::from(rail));
     rails.min_by_key(|&rail| loads[rail]).expect("a region has rails")
+}
+
+/// A batch that somebody waits for. It is not recycled while this exists.
+pub struct Watch<'a, N> {
+    engine: &'a Engine<N>,
+    pin: batch::Pin<'a>,
+}
+
+impl<N: Nic> Watch<'_, N> {
+    /// As [`Engine::batch_status`], with no more than a load.
+    pub fn status(&self) -> Status {
+        self.pin.status()
+    }
+
+    /// As [`Engine::expire_all`], for this batch.
+    pub fn expire(&self, now: u64) {
+        if self.pin.may_be_late(now) {
+            self.engine.time_out(now, |each| self.pin.overdue(now).for_each(each));
+        }
+    }
 }
 
 /// A count of requests as one of tasks.

@@ -11,13 +11,10 @@ use crate::error::{Code, Error, Result};
 /// Neighbours contiguous on both sides are merged up to this length: long enough that the cost of an
 /// operation no longer matters, short enough that one failure takes few requests with it.
 const MERGE_UP_TO: u64 = 1 << 20;
-/// Pieces are not cut over rails below this: the cost of one more operation outweighs the second NIC
-/// (NIXL and aws-ofi-nccl use the same).
-const SMALLEST_STRIPE: u64 = 128 << 10;
-/// Small pieces go to one rail one after another up to this length, before another rail is chosen: that
-/// saves choices, doorbells and looks at completion queues. (16 operations of 4 KiB; 64 KiB and more are
-/// spread one by one.)
-pub(super) const RUN: u64 = 64 << 10;
+/// Pieces are not cut over rails below this, nor do small pieces go to another rail: the cost of one more
+/// operation, doorbell and look at a completion queue outweighs the second NIC (NIXL and aws-ofi-nccl use the
+/// same).
+pub(super) const SMALLEST_STRIPE: u64 = 128 << 10;
 /// Cuts fall on multiples of this.
 const STRIPE_ALIGN: u64 = 4096;
 

@@ -163,7 +163,8 @@ pub(super) struct Outcome {
 
 pub(super) struct Rail<N> {
     pub name: Arc<str>,
-    index: usize,
+    /// Among the engine's rails.
+    pub index: usize,
     /// Bytes queued or in flight: the load by which rails are chosen, and "is there work".
     load: CachePadded<AtomicU64>,
     queue: CachePadded<Mutex<VecDeque<Span>>>,
@@ -307,6 +308,10 @@ impl<N: Nic> Rail<N> {
     /// One turn of posting and polling, unless someone else is at it (`None`). The count of
     /// operations posted or finished. Groups that ended are appended to `outcome`; publish them.
     pub fn drive(&self, shared: &Shared, now: u64, outcome: &mut Outcome) -> Option<usize> {
+        // Looking first leaves the lock's cache line with whoever has it.
+        if self.driver.is_locked() {
+            return None;
+        }
         let mut driver = self.driver.try_lock()?;
         add(&self.turns, 1);
         let mut events = 0;

@@ -185,9 +185,23 @@ fn a_long_request_uses_all_rails_evenly() {
 fn short_requests_go_to_the_least_loaded_rail() {
     let bench = Bench::new(4, 64, 1 << 20, false);
     let batch = bench.engine.allocate_batch(64).expect("batch");
-    let requests: Vec<_> = (0..64).map(|i| bench.request(true, i * 8192, 4096, i)).collect();
+    let requests: Vec<_> = (0..64).map(|i| bench.request(true, i * 8192, 8192, i)).collect();
     bench.submit(batch, &requests).expect("started");
     assert!(bench.world.lock().flying.values().all(|ops| ops.len() == 16));
+    bench.settle();
+}
+
+#[test]
+fn few_short_requests_stay_together() {
+    let bench = Bench::new(4, 64, 1 << 20, false);
+    let requests: Vec<_> = (0..16).map(|i| bench.request(true, i * 8192, 8192, i)).collect();
+    for rails in 1..=4 {
+        let batch = bench.engine.allocate_batch(16).expect("batch");
+        bench.submit(batch, &requests).expect("started");
+        let world = bench.world.lock();
+        let used: Vec<usize> = world.flying.values().map(Vec::len).filter(|&it| it > 0).collect();
+        assert_eq!(used, vec![16; rails], "each on a rail of its own that had nothing to do");
+    }
     bench.settle();
 }
 
@@ -358,10 +372,10 @@ fn a_deadline_holds_though_the_rail_is_stuck() {
     bench.engine.submit(batch, [soon].into_iter(), 0, 1_000_000_000).expect("started");
     bench.engine.submit(batch, [later].into_iter(), 0, 9_000_000_000).expect("started");
     // Whoever drives is inside the provider and does not come back: nobody calls progress.
-    bench.engine.expire(batch, 1_100_000_000).expect("a batch");
+    bench.engine.watch(batch).expect("a batch").expire(1_100_000_000);
     assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Pending, "the rail's");
-    bench.engine.expire(batch, 1_300_000_000).expect("a batch");
-    bench.engine.expire(batch, 1_300_000_000).expect("a batch");
+    bench.engine.watch(batch).expect("a batch").expire(1_300_000_000);
+    bench.engine.watch(batch).expect("a batch").expire(1_300_000_000);
     assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Timeout);
     let why = bench.engine.task_error(batch, 0).expect("task").expect("it is late");
     assert_eq!(

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use crate::config::{Config, NicSelection};
 use crate::engine::{
-    BatchId, Engine, Nic, Observer, Refusal, Registration, RemoteBuffer, RemoteNic, RemoteSegment,
+    BatchId, Engine, Nic, Observer, Progress, Refusal, Registration, RemoteBuffer, RemoteNic, RemoteSegment,
     Request, Settings, Status, TargetId,
 };
 use crate::error::{Code, Error, Result};
@@ -417,10 +417,15 @@ impl Transport {
     pub fn progress(&self) {
         let shared = &self.shared;
         let now = shared.now();
-        if shared.engine.progress(now) == 0 && now >= shared.next_expiry.load(Ordering::Relaxed) {
+        let progress = shared.engine.progress(now);
+        if progress.events > 0 {
+            return;
+        }
+        if now >= shared.next_expiry.load(Ordering::Relaxed) {
             shared.next_expiry.store(now + EXPIRE_EVERY, Ordering::Relaxed);
             shared.engine.expire_all(now);
         }
+        make_way(progress);
     }
 
     /// Status of a task and its bytes moved. Makes progress if it is not final.
@@ -456,24 +461,27 @@ impl Transport {
     /// # Errors
     /// [`Code::Timeout`] if `timeout` passes first; the batch goes on.
     pub fn wait(&self, batch: BatchId, timeout: Duration) -> Result<Status> {
-        let engine = &self.shared.engine;
-        let limit = self.shared.now().saturating_add(nanoseconds(timeout));
+        let shared = &self.shared;
+        let limit = shared.now().saturating_add(nanoseconds(timeout));
         let mut patience = Patience::default();
+        let watched = shared.engine.watch(batch)?;
         loop {
-            let (status, _) = engine.batch_status(batch)?;
+            let status = watched.status();
             if status.is_final() {
                 return Ok(status);
             }
-            let now = self.shared.now();
+            let now = shared.now();
             if now >= limit {
                 return Err(Error::new(
                     Code::Timeout,
                     format!("the batch is still under way after {timeout:?}"),
                 ));
             }
-            match self.shared.advance(batch)? {
-                0 => patience.pause(),
-                _ => patience = Patience::default(),
+            if shared.engine.progress(now).events > 0 {
+                patience = Patience::default();
+            } else {
+                watched.expire(now);
+                patience.pause();
             }
         }
     }
@@ -513,7 +521,7 @@ impl Drop for Transport {
         let limit = Instant::now() + DRAIN;
         let mut patience = Patience::default();
         while !shared.engine.is_idle() && Instant::now() < limit {
-            match shared.engine.progress(shared.now()) {
+            match shared.engine.progress(shared.now()).events {
                 0 => patience.pause(),
                 _ => patience = Patience::default(),
             }
@@ -548,14 +556,15 @@ impl Shared {
         poller::run(&self.engine, &rails, &self.sleepers[index], &self.stop, clock);
     }
 
-    /// Makes progress for someone who waits for a batch. The count of operations posted or finished.
-    fn advance(&self, batch: BatchId) -> Result<usize> {
+    /// Makes progress for someone who waits for a batch.
+    fn advance(&self, batch: BatchId) -> Result<()> {
         let now = self.now();
-        let events = self.engine.progress(now);
-        if events == 0 {
-            self.engine.expire(batch, now)?;
+        let progress = self.engine.progress(now);
+        if progress.events == 0 {
+            self.engine.watch(batch)?.expire(now);
+            make_way(progress);
         }
-        Ok(events)
+        Ok(())
     }
 
     fn now(&self) -> u64 {
@@ -671,6 +680,13 @@ impl Shared {
             refused("the answer's efa_addr is not a hexadecimal address".into())
         })?;
         self.engine.set_address(target, nic, &address)
+    }
+}
+
+/// For someone who will ask again at once: if others do the work, they may need this core for it.
+fn make_way(progress: Progress) {
+    if progress.contended {
+        std::thread::yield_now();
     }
 }
 

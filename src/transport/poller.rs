@@ -84,7 +84,10 @@ pub(super) fn run(
             if now - *driven < LOOK_AWAY.as_nanos() as u64 {
                 others = true;
             } else {
-                active |= engine.poll(rail, now).unwrap_or(0) > 0;
+                match engine.poll(rail, now) {
+                    Some(events) => active |= events > 0,
+                    None => (*driven, others) = (now, true),
+                }
                 let before = std::mem::replace(&mut now, clock());
                 evidence += if cold {
                     let excess = first.excess(now - before);
