@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString};
 use std::ptr::NonNull;
 
 use super::bindings as ffi;
-use super::load::Libfabric;
+use super::load::{Libfabric, version};
 use crate::error::{Code, Error, Result};
 
 /// What to ask for.
@@ -24,7 +24,7 @@ pub struct Info {
     pub(super) lib: &'static Libfabric,
 }
 
-// SAFETY: an owned C structure without thread affinity; we never change it after creation.
+// SAFETY: an owned C structure without thread affinity; only `&mut self` changes it.
 unsafe impl Send for Info {}
 // SAFETY: as above; shared access only reads.
 unsafe impl Sync for Info {}
@@ -50,6 +50,8 @@ const CAPS: u64 = (ffi::FI_MSG
     | ffi::FI_WRITE
     | ffi::FI_REMOTE_READ
     | ffi::FI_REMOTE_WRITE) as u64;
+/// From this API version on the `efa` provider may leave writes to the device.
+const DEVICE_WRITES: u32 = version(1, 18);
 const MODE: u64 = ffi::FI_CONTEXT | ffi::FI_CONTEXT2;
 const MR_MODE: u32 = ffi::FI_MR_LOCAL
     | ffi::FI_MR_VIRT_ADDR
@@ -155,6 +157,22 @@ impl Info {
     /// Transmit depth: how many operations the endpoint takes before it says "again".
     pub fn tx_depth(&self) -> usize {
         self.tx_attr().size
+    }
+
+    /// Receive buffers that an endpoint keeps posted.
+    pub fn receives(&self) -> usize {
+        // SAFETY: as in domain_attr.
+        unsafe { (*self.raw.as_ref().rx_attr).size }
+    }
+
+    /// Lets an `efa` endpoint keep at most so many receive buffers posted. Not before API 1.18, where
+    /// the peers' writes come in them.
+    pub fn limit_receives(&mut self, most: usize) {
+        if self.lib.api >= DEVICE_WRITES && self.provider() == "efa" {
+            let size = self.receives().min(most);
+            // SAFETY: as in domain_attr, and nobody else sees it.
+            unsafe { (*(*self.raw.as_ptr()).rx_attr).size = size };
+        }
     }
 
     /// Longest single operation in bytes.

@@ -4,6 +4,8 @@
 
 use std::ffi::{CStr, c_int, c_uint, c_void};
 
+use parking_lot::Mutex;
+
 use crate::error::{Code, Error, Result};
 use crate::fabric::MemoryKind;
 
@@ -52,7 +54,36 @@ pub fn kind_of(address: u64) -> Result<MemoryKind> {
     Ok(MemoryKind::Cuda(ask(POINTER_DEVICE_ORDINAL).unwrap_or(0) as i32))
 }
 
+/// The driver's function, if the driver is in this process. Looked for again only when a library has
+/// been loaded since: a search that finds nothing goes through the file system.
 fn driver() -> Option<PointerGetAttribute> {
+    static LAST: Mutex<(u64, Option<PointerGetAttribute>)> = Mutex::new((0, None));
+    let loads = libraries_loaded();
+    let mut last = LAST.lock();
+    if last.0 != loads {
+        *last = (loads, last.1.or_else(find_driver));
+    }
+    last.1
+}
+
+/// How many libraries this process has loaded so far.
+fn libraries_loaded() -> u64 {
+    unsafe extern "C" fn first(
+        info: *mut libc::dl_phdr_info,
+        _: usize,
+        count: *mut c_void,
+    ) -> c_int {
+        // SAFETY: the loader's own structure, and the number below.
+        unsafe { *count.cast::<u64>() = (*info).dlpi_adds };
+        1 // no more of them
+    }
+    let mut count: u64 = 0;
+    // SAFETY: the function is called with our number while this call lasts.
+    unsafe { libc::dl_iterate_phdr(Some(first), (&raw mut count).cast()) };
+    count
+}
+
+fn find_driver() -> Option<PointerGetAttribute> {
     // SAFETY: NUL-terminated names; RTLD_NOLOAD only finds what is loaded already.
     let symbol = unsafe {
         let name: &CStr = c"libcuda.so.1";
@@ -84,4 +115,19 @@ pub fn numa_node(address: u64) -> Option<u32> {
         )
     };
     (ret == 0).then(|| u32::try_from(node).ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_loaded_is_noticed() {
+        let before = libraries_loaded();
+        assert!(before > 0);
+        assert_eq!(libraries_loaded(), before);
+        // SAFETY: a library of the C library's own, which has no constructor that could do harm.
+        assert!(!unsafe { libc::dlopen(c"libanl.so.1".as_ptr(), libc::RTLD_NOW) }.is_null());
+        assert!(libraries_loaded() > before);
+    }
 }
