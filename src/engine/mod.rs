@@ -154,8 +154,8 @@ pub struct Registration {
 
 struct BufferRecord {
     end: u64,
-    /// Regions it became, with the rails that have each.
-    regions: Vec<(Number, Vec<u16>)>,
+    /// Regions it became: number, first byte, and the rails that have it.
+    regions: Vec<(Number, u64, Vec<u16>)>,
 }
 
 /// See the module's documentation.
@@ -287,7 +287,7 @@ impl<N: Nic> Engine<N> {
                 return Err(error);
             }
         };
-        let mut regions: Vec<LocalRegion> = self.locals.load().iter().cloned().collect();
+        let mut regions: Vec<LocalRegion> = Vec::with_capacity(made.len());
         let mut result = vec![Vec::new(); wanted.len()];
         let senders: Vec<Arc<[u16]>> = wanted
             .iter()
@@ -313,9 +313,9 @@ impl<N: Nic> Engine<N> {
                 .entry(wanted[*index].memory.address())
                 .or_insert_with(|| BufferRecord { end, regions: Vec::new() });
             record.end = end;
-            record.regions.push((*number, wanted[*index].rails.clone()));
+            record.regions.push((*number, start, wanted[*index].rails.clone()));
         }
-        self.locals.store(Arc::new(RangeMap::new(regions)));
+        self.locals.store(Arc::new(self.locals.load().with(regions)));
         Ok(result)
     }
 
@@ -426,9 +426,9 @@ impl<N: Nic> Engine<N> {
             )
         })?;
         let users = &self.shared.users;
-        for (closed, (number, _)) in record.regions.iter().enumerate() {
+        for (closed, (number, ..)) in record.regions.iter().enumerate() {
             if let Err(count) = users.close(*number) {
-                for (number, _) in &record.regions[..closed] {
+                for (number, ..) in &record.regions[..closed] {
                     users.reopen(*number);
                 }
                 return Err(Error::new(
@@ -438,13 +438,10 @@ impl<N: Nic> Engine<N> {
             }
         }
         let record = buffers.remove(&address).expect("found above");
-        let gone = |region: &LocalRegion| {
-            record.regions.iter().any(|(number, _)| *number == region.number)
-        };
-        let rest = self.locals.load().iter().filter(|region| !gone(region)).cloned().collect();
-        self.locals.store(Arc::new(RangeMap::new(rest)));
+        let starts: Vec<u64> = record.regions.iter().map(|(_, start, _)| *start).collect();
+        self.locals.store(Arc::new(self.locals.load().without(&starts)));
         let mut result = Ok(());
-        for (number, rails) in &record.regions {
+        for (number, _, rails) in &record.regions {
             for &rail in rails {
                 let rail = &self.rails[usize::from(rail)];
                 if let Err(error) = rail.with_nic(|nic| nic.unregister(number.index)) {

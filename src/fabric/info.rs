@@ -50,8 +50,6 @@ const CAPS: u64 = (ffi::FI_MSG
     | ffi::FI_WRITE
     | ffi::FI_REMOTE_READ
     | ffi::FI_REMOTE_WRITE) as u64;
-/// From this API version on the `efa` provider may leave writes to the device.
-const DEVICE_WRITES: u32 = version(1, 18);
 const MODE: u64 = ffi::FI_CONTEXT | ffi::FI_CONTEXT2;
 const MR_MODE: u32 = ffi::FI_MR_LOCAL
     | ffi::FI_MR_VIRT_ADDR
@@ -165,14 +163,17 @@ impl Info {
         unsafe { (*self.raw.as_ref().rx_attr).size }
     }
 
-    /// Lets an `efa` endpoint keep at most so many receive buffers posted. Not before API 1.18, where
-    /// the peers' writes come in them.
+    /// Whether RMA may be the device's own, so that peers' operations need no receive buffers here: an
+    /// `efa` provider that was asked for API 1.18 or later.
+    pub fn device_rma(&self) -> bool {
+        self.lib.api >= version(1, 18) && self.provider() == "efa"
+    }
+
+    /// Keeps at most so many receive buffers posted.
     pub fn limit_receives(&mut self, most: usize) {
-        if self.lib.api >= DEVICE_WRITES && self.provider() == "efa" {
-            let size = self.receives().min(most);
-            // SAFETY: as in domain_attr, and nobody else sees it.
-            unsafe { (*(*self.raw.as_ptr()).rx_attr).size = size };
-        }
+        let size = self.receives().min(most);
+        // SAFETY: as in domain_attr, and nobody else sees it.
+        unsafe { (*(*self.raw.as_ptr()).rx_attr).size = size };
     }
 
     /// Longest single operation in bytes.

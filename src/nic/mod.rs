@@ -114,7 +114,9 @@ impl FabricNic {
     /// Opens a device.
     pub fn open(lib: &'static Libfabric, device: Device, limits: &Limits) -> Result<Self> {
         let mut info = device.info;
-        info.limit_receives(RECEIVES);
+        if info.device_rma() {
+            info.limit_receives(RECEIVES);
+        }
         let open = || -> Result<Self> {
             let fabric = Fabric::open(&info)?;
             let domain = Domain::open(&fabric, &info)?;
@@ -159,8 +161,12 @@ impl FabricNic {
                 polls: 0,
                 lib,
             };
-            // The first poll fills the provider's pools: a peer's first transfer should not wait for it.
+            // The first poll and the first peer fill the provider's pools, tens of megabytes: do it now,
+            // not in the first transfer.
             nic.poll(&mut Vec::new(), &mut Vec::new());
+            if nic.info.device_rma() {
+                nic.connect(&nic.address.clone())?;
+            }
             Ok(nic)
         };
         open().map_err(|error| error.context(format!("opening {}", device.name)))
