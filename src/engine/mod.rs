@@ -152,6 +152,10 @@ pub struct Registration {
     pub largest: u64,
 }
 
+/// Bytes from which it is worth a thread a rail to register them: to start one costs as much as to pin a
+/// few MiB.
+const WORTH_THREADS: u64 = 16 << 20;
+
 struct BufferRecord {
     end: u64,
     /// Regions it became: number, first byte, and the rails that have it.
@@ -354,8 +358,8 @@ impl<N: Nic> Engine<N> {
         Ok(())
     }
 
-    /// Registers every region on its rails, rails in parallel. Keys by rail, then region. Undoes all
-    /// on an error.
+    /// Registers every region on its rails, rails in parallel if that is worth threads. Keys by rail, then
+    /// region. Undoes all on an error.
     fn register_on_rails(
         &self,
         wanted: &[Registration],
@@ -369,7 +373,10 @@ impl<N: Nic> Engine<N> {
                 }
                 let rail = &self.rails[rail];
                 match rail.with_nic(|nic| nic.register(number.index, memory)) {
-                    Ok(new) => *key = new,
+                    Ok(new) => {
+                        *key = new;
+                        rail.give_way();
+                    }
                     Err(error) => {
                         let context = format!("registering memory on {}", rail.name);
                         return (keys, Some(error.context(context)));
@@ -380,7 +387,9 @@ impl<N: Nic> Engine<N> {
         };
         let mut results: Vec<(Vec<u64>, Option<Error>)> = Vec::with_capacity(self.rails.len());
         let rails: Vec<usize> = (0..self.rails.len()).collect();
-        for together in rails.chunks(self.settings.registering.max(1)) {
+        let bytes: u64 = made.iter().map(|(_, memory, _)| memory.length()).sum();
+        let parallel = if bytes < WORTH_THREADS { 1 } else { self.settings.registering.max(1) };
+        for together in rails.chunks(parallel) {
             if let [rail] = *together {
                 results.push(on_rail(rail));
                 continue;

@@ -100,7 +100,7 @@ impl<R: Range + Clone> RangeMap<R> {
         new
     }
 
-    /// Without the ranges that start here.
+    /// Without the ranges that start here; sorted.
     pub fn without(&self, starts: &[u64]) -> Self {
         let mut new = Self::default();
         let mut touched = vec![false; self.chunks.len()];
@@ -110,7 +110,7 @@ impl<R: Range + Clone> RangeMap<R> {
         }
         for (chunk, touched) in self.chunks.iter().zip(touched) {
             if touched {
-                let left = |range: &&R| !starts.contains(&range.start());
+                let left = |range: &&R| starts.binary_search(&range.start()).is_err();
                 let left: Vec<R> = chunk.iter().filter(left).cloned().collect();
                 new.extend(&left);
             } else {
@@ -126,9 +126,11 @@ impl<R: Range + Clone> RangeMap<R> {
         if ranges.is_empty() {
             return;
         }
-        if let Some(last) = self.chunks.pop_if(|last| last.len() + ranges.len() <= CHUNK / 2) {
-            self.starts.pop();
-            return self.push([&last, ranges].concat().into());
+        if let Some(last) = self.chunks.last_mut() {
+            if last.len() + ranges.len() <= CHUNK / 2 {
+                *last = [last, ranges].concat().into();
+                return;
+            }
         }
         let parts = ranges.len().div_ceil(CHUNK);
         for part in ranges.chunks(ranges.len().div_ceil(parts)) {

@@ -7,6 +7,7 @@
 mod choice;
 mod poller;
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -87,13 +88,36 @@ struct Shared {
     /// Addresses of our endpoints, by rail.
     addresses: Vec<Box<[u8]>>,
     host: Option<Box<dyn Host>>,
-    /// What is registered, in that order: first byte, location, regions. Peers of Mooncake's find
-    /// their memory by its place in the descriptor.
-    buffers: Mutex<Vec<(u64, String, Vec<Registered>)>>,
+    buffers: Mutex<Buffers>,
     stop: AtomicBool,
     sleepers: Vec<Sleeper>,
     /// When [`Transport::progress`] next looks for what a stuck driver left overdue, nanoseconds.
     next_expiry: AtomicU64,
+}
+
+/// What is registered.
+#[derive(Default)]
+struct Buffers {
+    /// Location and regions, in the order of registration: peers of Mooncake's find their memory by its
+    /// place in the descriptor.
+    by_number: BTreeMap<u64, (String, Vec<Registered>)>,
+    /// Its number, by first byte.
+    numbers: HashMap<u64, u64>,
+    last: u64,
+}
+
+impl Buffers {
+    fn add(&mut self, address: u64, location: String, regions: Vec<Registered>) {
+        self.last += 1;
+        self.numbers.insert(address, self.last);
+        self.by_number.insert(self.last, (location, regions));
+    }
+
+    fn remove(&mut self, address: u64) {
+        if let Some(number) = self.numbers.remove(&address) {
+            self.by_number.remove(&number);
+        }
+    }
 }
 
 /// The provider's devices that could be used, without opening any.
@@ -238,7 +262,7 @@ impl Transport {
         let mut buffers = shared.buffers.lock();
         let made = shared.engine.register(&registrations)?;
         for ((regions, location), (memory, _)) in made.iter().zip(locations).zip(wanted) {
-            buffers.push((memory.address(), location, regions.clone()));
+            buffers.add(memory.address(), location, regions.clone());
         }
         Ok(made)
     }
@@ -253,7 +277,7 @@ impl Transport {
         let result = self.shared.engine.unregister(address);
         if !matches!(&result, Err(error) if matches!(error.code, Code::Busy | Code::AddressNotRegistered))
         {
-            buffers.retain(|(start, ..)| *start != address);
+            buffers.remove(address);
         }
         result
     }
@@ -279,8 +303,9 @@ impl Transport {
             protocol: segment::PROTOCOL.to_owned(),
             devices: devices.collect(),
             buffers: buffers
-                .iter()
-                .flat_map(|(_, location, regions)| {
+                .by_number
+                .values()
+                .flat_map(|(location, regions)| {
                     regions.iter().map(|region| describe(location, region))
                 })
                 .collect(),
