@@ -182,6 +182,12 @@ impl FabricNic {
         self.endpoint.emulation()
     }
 
+    /// Whether peers' transfers get on only while we poll. Where the device itself does RMA they need a poll
+    /// for the provider's handshake alone.
+    pub fn peers_need_polls(&self) -> bool {
+        self.emulation() != (Some(false), Some(false))
+    }
+
     /// What to wait on for the device's events, if it has something.
     pub fn fd(&self) -> Option<std::os::fd::RawFd> {
         self.endpoint.queue().fd()
@@ -189,6 +195,9 @@ impl FabricNic {
 
     /// Whether sleeping on [`Self::fd`] is safe now.
     pub fn may_sleep(&self) -> bool {
+        if self.info.device_rma() {
+            self.endpoint.queue().forget_event();
+        }
         self.endpoint.queue().may_sleep()
     }
 

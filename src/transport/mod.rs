@@ -167,7 +167,8 @@ impl Transport {
             round_robin: config.path_round_robin,
             registering: match (config.parallel_reg, config.reg_threads) {
                 (Some(false), _) => 1,
-                (_, 0) => MAX_REGISTERING,
+                (_, 0) => std::thread::available_parallelism()
+                    .map_or(1, |cores| cores.get().min(MAX_REGISTERING)),
                 (_, threads) => threads,
             },
         };

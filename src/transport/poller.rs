@@ -65,6 +65,8 @@ pub(super) fn run(
     let mut turns: Vec<(u64, u64)> = rails.iter().map(|&rail| (engine.turns(rail), 0)).collect();
     // After a sleep everything is slow, so the first look has a measure of its own.
     let mut efforts = vec![[Effort::default(); 2]; rails.len()];
+    let serves = |nic: &mut FabricNic| Ok(nic.peers_need_polls());
+    let serves = rails.iter().any(|&rail| engine.with_nic(rail, serves).unwrap_or(true));
     let mut patience = Patience::default();
     let (mut cold, mut evidence) = (true, 0);
     let (mut last_active, mut woken) = (clock(), 0);
@@ -96,7 +98,7 @@ pub(super) fn run(
             *seen = engine.turns(rail);
         }
         cold = false;
-        active |= evidence >= EVIDENCE;
+        active |= serves && evidence >= EVIDENCE;
         if active {
             patience = Patience::default();
             evidence = 0;
