@@ -117,9 +117,55 @@ pub fn numa_node(address: u64) -> Option<u32> {
     (ret == 0).then(|| u32::try_from(node).ok()).flatten()
 }
 
+/// The size of the pages of this process's memory, as the kernel maps it.
+pub struct Pages(String);
+
+/// Pages where nothing else is known: the kernel's smallest on x86-64, and on Arm as a rule.
+pub const SMALL_PAGE: u64 = 4096;
+
+impl Pages {
+    /// As it is now. Reads `/proc/self/smaps`, which takes milliseconds in a large process.
+    pub fn read() -> Self {
+        Self(std::fs::read_to_string("/proc/self/smaps").unwrap_or_default())
+    }
+
+    /// The smallest pages that a range has.
+    pub fn size(&self, address: u64, length: u64) -> u64 {
+        let mut touched = false;
+        let mut smallest = None;
+        for line in self.0.lines() {
+            let mut words = line.split_ascii_whitespace();
+            let first = words.next().unwrap_or_default();
+            if first == "KernelPageSize:" && touched {
+                let size =
+                    words.next().and_then(|word| word.parse().ok()).map(|kib: u64| kib << 10);
+                smallest = [smallest, size].into_iter().flatten().min();
+            } else if let Some((from, to)) = first.split_once('-') {
+                let end = |text| u64::from_str_radix(text, 16);
+                if let (Ok(from), Ok(to)) = (end(from), end(to)) {
+                    touched = from < address + length && address < to;
+                }
+            }
+        }
+        smallest.unwrap_or(SMALL_PAGE)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_smallest_pages_count() {
+        let maps = "7f0000000000-7f0040000000 rw-s 00000000 00:0f 1 /dev/hugepages/a\n\
+                    Size: 1048576 kB\nKernelPageSize:     2048 kB\n\
+                    7f0040000000-7f0040001000 rw-p 00000000 00:00 0\nKernelPageSize:        4 kB\n";
+        let pages = Pages(maps.to_owned());
+        assert_eq!(pages.size(0x7f00_0000_0000, 1 << 30), 2 << 20);
+        assert_eq!(pages.size(0x7f00_0000_0000, (1 << 30) + 1), 4096);
+        assert_eq!(pages.size(0x1000, 10), SMALL_PAGE, "not mapped");
+        assert_eq!(Pages::read().size(&raw const maps as u64, 8), SMALL_PAGE);
+    }
 
     #[test]
     fn a_library_loaded_is_noticed() {
