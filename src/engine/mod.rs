@@ -159,12 +159,47 @@ pub struct Registration {
     pub preferred: Vec<u16>,
     /// Longest single region: what is longer becomes several.
     pub largest: u64,
+    /// At most as many as rails: the range is cut into so many parts, and each part is registered on its
+    /// share of the rails. 1: all of it on each.
+    pub shares: u64,
 }
+
+impl Registration {
+    /// The rails of a part: neighbours in the order of `rails`.
+    fn rails_of(&self, share: u64) -> &[u16] {
+        let at = |share: u64| (share * self.rails.len() as u64 / self.shares.max(1)) as usize;
+        &self.rails[at(share)..at(share + 1)]
+    }
+
+    /// Those of them to send over.
+    fn senders_of(&self, share: u64) -> Arc<[u16]> {
+        let rails = self.rails_of(share);
+        let near: Vec<u16> =
+            rails.iter().copied().filter(|rail| self.preferred.contains(rail)).collect();
+        if near.is_empty() { rails.into() } else { near.into() }
+    }
+}
+
+/// Parts of a range that is shared out are a multiple of this long, so that huge pages stay whole.
+const SHARE_ALIGN: u64 = 2 << 20;
+
+/// A region to make.
+struct Making {
+    /// Of which registration, and which of its shares.
+    index: usize,
+    share: u64,
+    memory: Memory,
+    number: Number,
+}
+
+/// Bytes from which it is worth a thread a rail to register them: to start one costs as much as to pin a
+/// few MiB.
+const WORTH_THREADS: u64 = 16 << 20;
 
 struct BufferRecord {
     end: u64,
-    /// Regions it became, with the rails that have each.
-    regions: Vec<(Number, Vec<u16>)>,
+    /// Regions it became: number, first byte, and the rails that have it.
+    regions: Vec<(Number, u64, Vec<u16>)>,
 }
 
 /// See the module's documentation.
@@ -270,22 +305,26 @@ impl<N: Nic> Engine<N> {
     pub fn register(&self, wanted: &[Registration]) -> Result<Vec<Vec<Registered>>> {
         let mut buffers = self.buffers.lock();
         self.check_overlap(&buffers, wanted)?;
-        // Regions to make: (registration, memory, number).
-        let mut made: Vec<(usize, Memory, Number)> = Vec::new();
-        let give_back = |made: &[(usize, Memory, Number)]| {
-            for (_, _, number) in made {
-                self.shared.users.give_back(*number);
+        let mut made: Vec<Making> = Vec::new();
+        let give_back = |made: &[Making]| {
+            for making in made {
+                self.shared.users.give_back(making.number);
             }
         };
         for (index, registration) in wanted.iter().enumerate() {
             let (length, mut offset) = (registration.memory.length(), 0);
+            let shared = length.div_ceil(registration.shares.max(1));
+            let shared = shared.next_multiple_of(SHARE_ALIGN);
             while offset < length {
-                let part = (length - offset).min(registration.largest.max(1));
+                let share = if registration.shares > 1 { offset / shared } else { 0 };
+                let end = if registration.shares > 1 { (share + 1) * shared } else { length };
+                let part = (end.min(length) - offset).min(registration.largest.max(1));
                 let Some(number) = self.shared.users.open() else {
                     give_back(&made);
                     return Err(Error::new(Code::TooManyRequests, "too many memory regions"));
                 };
-                made.push((index, registration.memory.part(offset, part), number));
+                let memory = registration.memory.part(offset, part);
+                made.push(Making { index, share, memory, number });
                 offset += part;
             }
         }
@@ -296,35 +335,34 @@ impl<N: Nic> Engine<N> {
                 return Err(error);
             }
         };
-        let mut regions: Vec<LocalRegion> = self.locals.load().iter().cloned().collect();
+        let mut regions: Vec<LocalRegion> = Vec::with_capacity(made.len());
         let mut result = vec![Vec::new(); wanted.len()];
-        let senders: Vec<Arc<[u16]>> = wanted
-            .iter()
-            .map(|wanted| match wanted.preferred.as_slice() {
-                [] => wanted.rails.as_slice().into(),
-                preferred => preferred.into(),
-            })
-            .collect();
-        for (region, (index, memory, number)) in made.iter().enumerate() {
+        for (region, Making { index, share, memory, number }) in made.iter().enumerate() {
             let (start, end) = (memory.address(), memory.address() + memory.length());
-            regions.push(LocalRegion {
-                start,
-                end,
-                number: *number,
-                rails: senders[*index].clone(),
-            });
+            let registration = &wanted[*index];
+            // Regions of one share have their list in common.
+            let rails = match regions.last() {
+                Some(last)
+                    if region > 0
+                        && (made[region - 1].index, made[region - 1].share) == (*index, *share) =>
+                {
+                    last.rails.clone()
+                }
+                _ => registration.senders_of(*share),
+            };
+            regions.push(LocalRegion { start, end, number: *number, rails });
             result[*index].push(Registered {
                 address: start,
                 length: memory.length(),
                 keys: keys.iter().map(|keys| keys[region]).collect(),
             });
             let record = buffers
-                .entry(wanted[*index].memory.address())
+                .entry(registration.memory.address())
                 .or_insert_with(|| BufferRecord { end, regions: Vec::new() });
             record.end = end;
-            record.regions.push((*number, wanted[*index].rails.clone()));
+            record.regions.push((*number, start, registration.rails_of(*share).to_vec()));
         }
-        self.locals.store(Arc::new(RangeMap::new(regions)));
+        self.locals.store(Arc::new(self.locals.load().with(regions)));
         Ok(result)
     }
 
@@ -363,22 +401,21 @@ impl<N: Nic> Engine<N> {
         Ok(())
     }
 
-    /// Registers every region on its rails, rails in parallel. Keys by rail, then region. Undoes all
-    /// on an error.
-    fn register_on_rails(
-        &self,
-        wanted: &[Registration],
-        made: &[(usize, Memory, Number)],
-    ) -> Result<Vec<Vec<u64>>> {
+    /// Registers every region on its rails, rails in parallel if that is worth threads. Keys by rail, then
+    /// region. Undoes all on an error.
+    fn register_on_rails(&self, wanted: &[Registration], made: &[Making]) -> Result<Vec<Vec<u64>>> {
         let on_rail = |rail: usize| -> (Vec<u64>, Option<Error>) {
             let mut keys = vec![0; made.len()];
-            for (key, (index, memory, number)) in keys.iter_mut().zip(made) {
-                if !wanted[*index].rails.contains(&(rail as u16)) {
+            for (key, Making { index, share, memory, number }) in keys.iter_mut().zip(made) {
+                if !wanted[*index].rails_of(*share).contains(&(rail as u16)) {
                     continue;
                 }
                 let rail = &self.rails[rail];
                 match rail.with_nic(|nic| nic.register(number.index, memory)) {
-                    Ok(new) => *key = new,
+                    Ok(new) => {
+                        *key = new;
+                        rail.give_way();
+                    }
                     Err(error) => {
                         let context = format!("registering memory on {}", rail.name);
                         return (keys, Some(error.context(context)));
@@ -389,7 +426,9 @@ impl<N: Nic> Engine<N> {
         };
         let mut results: Vec<(Vec<u64>, Option<Error>)> = Vec::with_capacity(self.rails.len());
         let rails: Vec<usize> = (0..self.rails.len()).collect();
-        for together in rails.chunks(self.settings.registering.max(1)) {
+        let bytes: u64 = made.iter().map(|making| making.memory.length()).sum();
+        let parallel = if bytes < WORTH_THREADS { 1 } else { self.settings.registering.max(1) };
+        for together in rails.chunks(parallel) {
             if let [rail] = *together {
                 results.push(on_rail(rail));
                 continue;
@@ -404,7 +443,7 @@ impl<N: Nic> Engine<N> {
         }
         if let Some(error) = results.iter().find_map(|(_, error)| error.clone()) {
             for (rail, (keys, _)) in results.iter().enumerate() {
-                for (key, (_, _, number)) in keys.iter().zip(made) {
+                for (key, Making { number, .. }) in keys.iter().zip(made) {
                     if *key != 0 {
                         let undone = self.rails[rail].with_nic(|nic| nic.unregister(number.index));
                         if let Err(error) = undone {
@@ -435,9 +474,9 @@ impl<N: Nic> Engine<N> {
             )
         })?;
         let users = &self.shared.users;
-        for (closed, (number, _)) in record.regions.iter().enumerate() {
+        for (closed, (number, ..)) in record.regions.iter().enumerate() {
             if let Err(count) = users.close(*number) {
-                for (number, _) in &record.regions[..closed] {
+                for (number, ..) in &record.regions[..closed] {
                     users.reopen(*number);
                 }
                 return Err(Error::new(
@@ -447,13 +486,10 @@ impl<N: Nic> Engine<N> {
             }
         }
         let record = buffers.remove(&address).expect("found above");
-        let gone = |region: &LocalRegion| {
-            record.regions.iter().any(|(number, _)| *number == region.number)
-        };
-        let rest = self.locals.load().iter().filter(|region| !gone(region)).cloned().collect();
-        self.locals.store(Arc::new(RangeMap::new(rest)));
+        let starts: Vec<u64> = record.regions.iter().map(|(_, start, _)| *start).collect();
+        self.locals.store(Arc::new(self.locals.load().without(&starts)));
         let mut result = Ok(());
-        for (number, rails) in &record.regions {
+        for (number, _, rails) in &record.regions {
             for &rail in rails {
                 let rail = &self.rails[usize::from(rail)];
                 if let Err(error) = rail.with_nic(|nic| nic.unregister(number.index)) {

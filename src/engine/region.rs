@@ -51,43 +51,128 @@ impl Range for RemoteRegion {
     }
 }
 
-/// Ranges sorted by start, to be shared and replaced as a whole.
+/// log2 of the most ranges of a chunk.
+const CHUNK_BITS: u32 = 9;
+const CHUNK: usize = 1 << CHUNK_BITS;
+
+/// Ranges sorted by start, to be shared and replaced as a whole. A changed copy shares all chunks of
+/// ranges that have not changed, so that a change costs about the same however many ranges there are.
 #[derive(Debug)]
-pub(super) struct RangeMap<R>(Vec<R>);
+pub(super) struct RangeMap<R> {
+    /// None is empty.
+    chunks: Vec<Arc<[R]>>,
+    /// Each chunk's first start.
+    starts: Vec<u64>,
+}
 
 impl<R> Default for RangeMap<R> {
     fn default() -> Self {
-        Self(Vec::new())
+        Self { chunks: Vec::new(), starts: Vec::new() }
     }
 }
 
-impl<R: Range> RangeMap<R> {
-    pub fn new(mut ranges: Vec<R>) -> Self {
-        ranges.sort_by_key(Range::start);
-        Self(ranges)
+impl<R: Range + Clone> RangeMap<R> {
+    pub fn new(ranges: Vec<R>) -> Self {
+        Self::default().with(ranges)
+    }
+
+    /// With these ranges too.
+    pub fn with(&self, mut added: Vec<R>) -> Self {
+        added.sort_by_key(Range::start);
+        let mut rest = added.as_slice();
+        let mut new = Self::default();
+        for (index, chunk) in self.chunks.iter().enumerate() {
+            let here = match self.starts.get(index + 1) {
+                Some(&next) => rest.partition_point(|range| range.start() < next),
+                None => rest.len(),
+            };
+            let (mine, others) = rest.split_at(here);
+            rest = others;
+            if mine.is_empty() {
+                new.push(chunk.clone());
+            } else {
+                let mut merged = [chunk, mine].concat();
+                merged.sort_by_key(Range::start);
+                new.extend(&merged);
+            }
+        }
+        new.extend(rest);
+        new
+    }
+
+    /// Without the ranges that start here; sorted.
+    pub fn without(&self, starts: &[u64]) -> Self {
+        let mut new = Self::default();
+        let mut touched = vec![false; self.chunks.len()];
+        for start in starts {
+            let after = self.starts.partition_point(|first| first <= start);
+            touched[..after].last_mut().into_iter().for_each(|touched| *touched = true);
+        }
+        for (chunk, touched) in self.chunks.iter().zip(touched) {
+            if touched {
+                let left = |range: &&R| starts.binary_search(&range.start()).is_err();
+                let left: Vec<R> = chunk.iter().filter(left).cloned().collect();
+                new.extend(&left);
+            } else {
+                new.push(chunk.clone());
+            }
+        }
+        new
+    }
+
+    /// Appends ranges, sorted and after all others, in chunks; with the last one there is if both are
+    /// small, so that removals do not leave many small ones.
+    fn extend(&mut self, ranges: &[R]) {
+        if ranges.is_empty() {
+            return;
+        }
+        if let Some(last) = self.chunks.last_mut() {
+            if last.len() + ranges.len() <= CHUNK / 2 {
+                *last = [last, ranges].concat().into();
+                return;
+            }
+        }
+        let parts = ranges.len().div_ceil(CHUNK);
+        for part in ranges.chunks(ranges.len().div_ceil(parts)) {
+            self.push(part.into());
+        }
+    }
+
+    fn push(&mut self, chunk: Arc<[R]>) {
+        self.starts.push(chunk[0].start());
+        self.chunks.push(chunk);
     }
 
     /// The range that holds `address`. `hint` is where the last look-up ended: requests come in
     /// runs, so it mostly hits.
     pub fn find(&self, address: u64, hint: &mut usize) -> Option<&R> {
         let holds = |range: &&R| range.start() <= address && address < range.end();
-        if let Some(range) = self.0.get(*hint).filter(holds) {
+        if let Some(range) = self.get(*hint).filter(holds) {
             return Some(range);
         }
-        let after = self.0.partition_point(|range| range.start() <= address);
         // A peer's ranges may overlap, so the nearest start need not be the one that holds it.
-        let index = self.0[..after].iter().rposition(|range| holds(&range))?;
-        *hint = index;
-        self.0.get(index)
+        let chunks = self.starts.partition_point(|&start| start <= address);
+        for (index, chunk) in self.chunks[..chunks].iter().enumerate().rev() {
+            let after = chunk.partition_point(|range| range.start() <= address);
+            if let Some(offset) = chunk[..after].iter().rposition(|range| holds(&range)) {
+                *hint = index << CHUNK_BITS | offset;
+                return Some(&chunk[offset]);
+            }
+        }
+        None
+    }
+
+    fn get(&self, index: usize) -> Option<&R> {
+        self.chunks.get(index >> CHUNK_BITS)?.get(index & (CHUNK - 1))
     }
 
     /// The range that [`Self::find`] left its hint at.
     pub fn at(&self, index: usize) -> &R {
-        &self.0[index]
+        &self.chunks[index >> CHUNK_BITS][index & (CHUNK - 1)]
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &R> {
-        self.0.iter()
+        self.chunks.iter().flat_map(|chunk| chunk.iter())
     }
 }
 
@@ -181,6 +266,40 @@ mod tests {
         assert!(map.find(150, &mut hint).is_some());
         assert!(map.find(151, &mut hint).is_some());
         assert!(map.find(10, &mut hint).is_some(), "a wrong hint is only slower");
+    }
+
+    #[test]
+    fn a_change_leaves_what_it_does_not_touch() {
+        const MANY: u64 = 100_000;
+        let all = RangeMap::new((0..MANY).map(|at| region(at * 10, at * 10 + 8)).collect());
+        let shared = |a: &RangeMap<RemoteRegion>, b: &RangeMap<RemoteRegion>| {
+            let of_b = |chunk| b.chunks.iter().any(|other| Arc::ptr_eq(chunk, other));
+            a.chunks.iter().filter(|chunk| of_b(chunk)).count()
+        };
+        let more = all.with(vec![region(500_008, 500_010)]);
+        assert!(shared(&all, &more) + 1 >= all.chunks.len(), "one chunk at most is copied");
+        assert!(more.find(500_009, &mut 0).is_some() && all.find(500_009, &mut 0).is_none());
+        let less = more.without(&[500_008]);
+        assert!(shared(&less, &more) + 1 >= less.chunks.len());
+        assert!(less.iter().eq(all.iter()));
+        // One by one, in any order, and gone again.
+        let mut map = RangeMap::default();
+        let numbers = || (0..3000).map(|at| at * 7919 % 3000);
+        for number in numbers() {
+            map = map.with(vec![region(number * 10, number * 10 + 8)]);
+        }
+        assert_eq!(map.iter().count(), 3000);
+        assert!(map.iter().is_sorted_by_key(|range| range.start));
+        assert!(map.chunks.iter().all(|chunk| chunk.len() <= CHUNK));
+        for number in numbers().take(2990) {
+            let mut hint = 0;
+            let found = map.find(number * 10 + 7, &mut hint).expect("there");
+            assert_eq!((found.start, map.at(hint).start), (number * 10, number * 10));
+            map = map.without(&[number * 10]);
+            assert!(map.find(number * 10, &mut hint).is_none());
+        }
+        assert_eq!(map.iter().count(), 10);
+        assert!(map.chunks.len() <= 10 && map.chunks.iter().all(|chunk| !chunk.is_empty()));
     }
 
     #[test]

@@ -103,7 +103,8 @@ fn remote_segment(nics: usize) -> RemoteSegment {
 impl Engine<SimNic> {
     fn register_for_test(&self, start: u64, length: u64, rails: Vec<u16>) {
         let memory = Memory::simulated(start, length);
-        let registration = Registration { memory, rails, preferred: Vec::new(), largest: u64::MAX };
+        let registration =
+            Registration { memory, rails, preferred: Vec::new(), largest: u64::MAX, shares: 1 };
         self.register(&[registration]).expect("registered");
     }
 }
@@ -496,6 +497,7 @@ fn registration_is_all_or_nothing() {
         rails: vec![0, 1, 2],
         preferred: vec![],
         largest: 1024,
+        shares: 1,
     };
     let two = [registration(1 << 40), registration(2 << 40)];
     let error = bench.engine.register(&two).expect_err("refused by one NIC");
@@ -511,6 +513,40 @@ fn registration_is_all_or_nothing() {
     assert_eq!(bench.engine.register(&twice).expect_err("overlap").code, Code::AddressOverlapped);
     bench.engine.unregister(1 << 40).expect("unregistered");
     bench.engine.unregister(2 << 40).expect("unregistered");
+    assert_eq!(bench.world.lock().regions, before);
+}
+
+#[test]
+fn a_range_is_shared_out_among_rails() {
+    let bench = Bench::new(5, 8, 1 << 20, true);
+    let start = 1 << 40;
+    let registration = Registration {
+        memory: Memory::simulated(start, 7 << 20),
+        rails: vec![4, 3, 2, 1, 0],
+        preferred: vec![3, 0],
+        largest: 3 << 20,
+        shares: 2,
+    };
+    let before = bench.world.lock().regions.clone();
+    let made = bench.engine.register(&[registration]).expect("registered").remove(0);
+    let found: Vec<(u64, u64, Vec<bool>)> = made
+        .iter()
+        .map(|made| {
+            (made.address - start, made.length, made.keys.iter().map(|&key| key != 0).collect())
+        })
+        .collect();
+    let (first, second) = ([false, false, false, true, true], [true, true, true, false, false]);
+    let expected = [(0, 3 << 20, first), (3 << 20, 1 << 20, first), (4 << 20, 3 << 20, second)];
+    assert!(
+        found
+            .iter()
+            .map(|(at, length, on)| (*at, *length, on.as_slice()))
+            .eq(expected.iter().map(|(at, length, on)| (*at, *length, on.as_slice())))
+    );
+    let locals = bench.engine.locals.load();
+    let senders = |at: u64| locals.find(start + at, &mut 0).expect("there").rails.to_vec();
+    assert_eq!((senders(0), senders(6 << 20)), (vec![3], vec![0]), "the near ones of each part");
+    bench.engine.unregister(start).expect("unregistered");
     assert_eq!(bench.world.lock().regions, before);
 }
 

@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString};
 use std::ptr::NonNull;
 
 use super::bindings as ffi;
-use super::load::Libfabric;
+use super::load::{Libfabric, version};
 use crate::error::{Code, Error, Result};
 
 /// What to ask for.
@@ -24,7 +24,7 @@ pub struct Info {
     pub(super) lib: &'static Libfabric,
 }
 
-// SAFETY: an owned C structure without thread affinity; we never change it after creation.
+// SAFETY: an owned C structure without thread affinity; only `&mut self` changes it.
 unsafe impl Send for Info {}
 // SAFETY: as above; shared access only reads.
 unsafe impl Sync for Info {}
@@ -155,6 +155,25 @@ impl Info {
     /// Transmit depth: how many operations the endpoint takes before it says "again".
     pub fn tx_depth(&self) -> usize {
         self.tx_attr().size
+    }
+
+    /// Receive buffers that an endpoint keeps posted.
+    pub fn receives(&self) -> usize {
+        // SAFETY: as in domain_attr.
+        unsafe { (*self.raw.as_ref().rx_attr).size }
+    }
+
+    /// Whether RMA may be the device's own, so that peers' operations need no receive buffers here: an
+    /// `efa` provider that was asked for API 1.18 or later.
+    pub fn device_rma(&self) -> bool {
+        self.lib.api >= version(1, 18) && self.provider() == "efa"
+    }
+
+    /// Keeps at most so many receive buffers posted.
+    pub fn limit_receives(&mut self, most: usize) {
+        let size = self.receives().min(most);
+        // SAFETY: as in domain_attr, and nobody else sees it.
+        unsafe { (*(*self.raw.as_ptr()).rx_attr).size = size };
     }
 
     /// Longest single operation in bytes.

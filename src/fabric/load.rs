@@ -23,7 +23,7 @@ const GENERATIONS: [&CStr; 5] =
 const OLDEST_API: u32 = version(1, 17);
 const BINDINGS_API: u32 = version(ffi::FI_MAJOR_VERSION, ffi::FI_MINOR_VERSION);
 
-const fn version(major: u32, minor: u32) -> u32 {
+pub(super) const fn version(major: u32, minor: u32) -> u32 {
     (major << 16) | minor
 }
 

@@ -270,6 +270,27 @@ impl CompletionQueue {
         ret == 0
     }
 
+    /// Forgets the event that made [`Self::fd`] readable, where only a read that waits does so: the `efa`
+    /// provider (seen with 2.6) leaves it where it is in `fi_trywait`, so that the descriptor stays
+    /// readable for ever. Call it with no completion left to be read, and before [`Self::may_sleep`]: one
+    /// may come meanwhile.
+    pub fn forget_event(&self) {
+        let readable = self.fd.is_some_and(|fd| {
+            let mut polled = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+            // SAFETY: one live structure; a time of 0 does not wait.
+            unsafe { libc::poll(&raw mut polled, 1, 0) > 0 }
+        });
+        if readable {
+            // With a timeout of 0 the provider does not look for events. It does not wait for this one
+            // millisecond either, since there is one.
+            // SAFETY: the queue is open; no entries are asked for, so none are written.
+            let _: isize = unsafe {
+                let cq = self.raw.as_ptr();
+                call!(cq, ops.sread(cq, null_mut(), 0, std::ptr::null(), 1))
+            };
+        }
+    }
+
     /// Takes finished operations into `out` and makes the provider progress. The count taken, 0 if
     /// there are none; an error ready to be taken is `Err(None)` (then call [`Self::read_error`]);
     /// `Err(Some(errno))` is a failure of the queue itself.

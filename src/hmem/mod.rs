@@ -4,6 +4,8 @@
 
 use std::ffi::{CStr, c_int, c_uint, c_void};
 
+use parking_lot::Mutex;
+
 use crate::error::{Code, Error, Result};
 use crate::fabric::MemoryKind;
 
@@ -52,7 +54,36 @@ pub fn kind_of(address: u64) -> Result<MemoryKind> {
     Ok(MemoryKind::Cuda(ask(POINTER_DEVICE_ORDINAL).unwrap_or(0) as i32))
 }
 
+/// The driver's function, if the driver is in this process. Looked for again only when a library has
+/// been loaded since: a search that finds nothing goes through the file system.
 fn driver() -> Option<PointerGetAttribute> {
+    static LAST: Mutex<(u64, Option<PointerGetAttribute>)> = Mutex::new((0, None));
+    let loads = libraries_loaded();
+    let mut last = LAST.lock();
+    if last.0 != loads {
+        *last = (loads, last.1.or_else(find_driver));
+    }
+    last.1
+}
+
+/// How many libraries this process has loaded so far.
+fn libraries_loaded() -> u64 {
+    unsafe extern "C" fn first(
+        info: *mut libc::dl_phdr_info,
+        _: usize,
+        count: *mut c_void,
+    ) -> c_int {
+        // SAFETY: the loader's own structure, and the number below.
+        unsafe { *count.cast::<u64>() = (*info).dlpi_adds };
+        1 // no more of them
+    }
+    let mut count: u64 = 0;
+    // SAFETY: the function is called with our number while this call lasts.
+    unsafe { libc::dl_iterate_phdr(Some(first), (&raw mut count).cast()) };
+    count
+}
+
+fn find_driver() -> Option<PointerGetAttribute> {
     // SAFETY: NUL-terminated names; RTLD_NOLOAD only finds what is loaded already.
     let symbol = unsafe {
         let name: &CStr = c"libcuda.so.1";
@@ -84,4 +115,65 @@ pub fn numa_node(address: u64) -> Option<u32> {
         )
     };
     (ret == 0).then(|| u32::try_from(node).ok()).flatten()
+}
+
+/// The size of the pages of this process's memory, as the kernel maps it.
+pub struct Pages(String);
+
+/// Pages where nothing else is known: the kernel's smallest on x86-64, and on Arm as a rule.
+pub const SMALL_PAGE: u64 = 4096;
+
+impl Pages {
+    /// As it is now. Reads `/proc/self/smaps`, which takes milliseconds in a large process.
+    pub fn read() -> Self {
+        Self(std::fs::read_to_string("/proc/self/smaps").unwrap_or_default())
+    }
+
+    /// The smallest pages that a range has.
+    pub fn size(&self, address: u64, length: u64) -> u64 {
+        let mut touched = false;
+        let mut smallest = None;
+        for line in self.0.lines() {
+            let mut words = line.split_ascii_whitespace();
+            let first = words.next().unwrap_or_default();
+            if first == "KernelPageSize:" && touched {
+                let size =
+                    words.next().and_then(|word| word.parse().ok()).map(|kib: u64| kib << 10);
+                smallest = [smallest, size].into_iter().flatten().min();
+            } else if let Some((from, to)) = first.split_once('-') {
+                let end = |text| u64::from_str_radix(text, 16);
+                if let (Ok(from), Ok(to)) = (end(from), end(to)) {
+                    touched = from < address + length && address < to;
+                }
+            }
+        }
+        smallest.unwrap_or(SMALL_PAGE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_pages_count() {
+        let maps = "7f0000000000-7f0040000000 rw-s 00000000 00:0f 1 /dev/hugepages/a\n\
+                    Size: 1048576 kB\nKernelPageSize:     2048 kB\n\
+                    7f0040000000-7f0040001000 rw-p 00000000 00:00 0\nKernelPageSize:        4 kB\n";
+        let pages = Pages(maps.to_owned());
+        assert_eq!(pages.size(0x7f00_0000_0000, 1 << 30), 2 << 20);
+        assert_eq!(pages.size(0x7f00_0000_0000, (1 << 30) + 1), 4096);
+        assert_eq!(pages.size(0x1000, 10), SMALL_PAGE, "not mapped");
+        assert_eq!(Pages::read().size(&raw const maps as u64, 8), SMALL_PAGE);
+    }
+
+    #[test]
+    fn a_library_loaded_is_noticed() {
+        let before = libraries_loaded();
+        assert!(before > 0);
+        assert_eq!(libraries_loaded(), before);
+        // SAFETY: a library of the C library's own, which has no constructor that could do harm.
+        assert!(!unsafe { libc::dlopen(c"libanl.so.1".as_ptr(), libc::RTLD_NOW) }.is_null());
+        assert!(libraries_loaded() > before);
+    }
 }

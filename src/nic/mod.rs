@@ -18,6 +18,11 @@ const BATCH: usize = 64;
 /// not taken for the slot's next operation.
 const GENERATIONS: u32 = 4;
 
+/// Receive buffers of an endpoint, whose only messages are the provider's own handshakes, one a peer and
+/// direction. The `efa` provider's default is the depth of the device, 8192 or more, which takes 70 MiB and
+/// 28 ms a NIC more (docs/performance.md). What finds no buffer is sent again.
+const RECEIVES: usize = 1024;
+
 /// Polls between two looks at the event queue, which is empty but for disasters.
 const EVENTS_EVERY: u32 = 64;
 
@@ -108,7 +113,10 @@ pub struct FabricNic {
 impl FabricNic {
     /// Opens a device.
     pub fn open(lib: &'static Libfabric, device: Device, limits: &Limits) -> Result<Self> {
-        let info = device.info;
+        let mut info = device.info;
+        if info.device_rma() {
+            info.limit_receives(RECEIVES);
+        }
         let open = || -> Result<Self> {
             let fabric = Fabric::open(&info)?;
             let domain = Domain::open(&fabric, &info)?;
@@ -136,7 +144,7 @@ impl FabricNic {
             // does not tell).
             let (emulated_writes, _) = endpoint.emulation();
             let delivery = info.provider() != "efa" || emulated_writes != Some(false);
-            Ok(Self {
+            let mut nic = Self {
                 info,
                 endpoint,
                 addresses,
@@ -152,7 +160,14 @@ impl FabricNic {
                 completed: Box::new([Completed::default(); BATCH]),
                 polls: 0,
                 lib,
-            })
+            };
+            // The first poll and the first peer fill the provider's pools, tens of megabytes: do it now,
+            // not in the first transfer.
+            nic.poll(&mut Vec::new(), &mut Vec::new());
+            if nic.info.device_rma() {
+                nic.connect(&nic.address.clone())?;
+            }
+            Ok(nic)
         };
         open().map_err(|error| error.context(format!("opening {}", device.name)))
     }
@@ -167,6 +182,12 @@ impl FabricNic {
         self.endpoint.emulation()
     }
 
+    /// Whether peers' transfers get on only while we poll. Where the device itself does RMA they need a poll
+    /// for the provider's handshake alone.
+    pub fn peers_need_polls(&self) -> bool {
+        self.emulation() != (Some(false), Some(false))
+    }
+
     /// What to wait on for the device's events, if it has something.
     pub fn fd(&self) -> Option<std::os::fd::RawFd> {
         self.endpoint.queue().fd()
@@ -174,6 +195,9 @@ impl FabricNic {
 
     /// Whether sleeping on [`Self::fd`] is safe now.
     pub fn may_sleep(&self) -> bool {
+        if self.info.device_rma() {
+            self.endpoint.queue().forget_event();
+        }
         self.endpoint.queue().may_sleep()
     }
 

@@ -5,8 +5,10 @@
 #![forbid(unsafe_code)]
 
 mod choice;
+mod pages;
 mod poller;
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -29,6 +31,7 @@ use crate::topology::{MAX_NAME, Topology};
 
 pub use crate::engine::Registered;
 use choice::{choose, no_devices, open_all, read_topology};
+use pages::{Place, Tables};
 use poller::{Patience, Sleeper};
 
 /// Longest single operation if `MC_SLICE_SIZE` does not say: large enough that its own cost does not
@@ -36,6 +39,11 @@ use poller::{Patience, Sleeper};
 const DEFAULT_SLICE: u64 = 4 << 20;
 /// Rails that register memory at the same time, unless MC_MAX_CONCURRENT_REG_MR says otherwise.
 const MAX_REGISTERING: usize = 16;
+/// Bytes from which it is worth asking the kernel for the size of a buffer's pages; that takes as long as to
+/// register some MiB.
+const WORTH_ASKING: u64 = 64 << 20;
+/// Bytes of a page of CUDA device memory, as other devices see it.
+const DEVICE_PAGE: u64 = 64 << 10;
 /// How often [`Transport::progress`] looks for what is overdue, nanoseconds.
 const EXPIRE_EVERY: u64 = 100_000_000;
 /// Longest wait for operations in flight when a transport is dropped.
@@ -87,13 +95,61 @@ struct Shared {
     /// Addresses of our endpoints, by rail.
     addresses: Vec<Box<[u8]>>,
     host: Option<Box<dyn Host>>,
-    /// What is registered, in that order: first byte, location, regions. Peers of Mooncake's find
-    /// their memory by its place in the descriptor.
-    buffers: Mutex<Vec<(u64, String, Vec<Registered>)>>,
+    buffers: Mutex<Buffers>,
     stop: AtomicBool,
     sleepers: Vec<Sleeper>,
     /// When [`Transport::progress`] next looks for what a stuck driver left overdue, nanoseconds.
     next_expiry: AtomicU64,
+}
+
+/// What is registered.
+#[derive(Default)]
+struct Buffers {
+    /// In the order of registration: peers of Mooncake's find their memory by its place in the
+    /// descriptor.
+    by_number: BTreeMap<u64, RegisteredBuffer>,
+    /// Its number, by first byte.
+    numbers: HashMap<u64, u64>,
+    last: u64,
+    /// Where the device has page tables.
+    tables: Option<Tables>,
+}
+
+struct RegisteredBuffer {
+    location: String,
+    regions: Vec<Registered>,
+    /// Bytes of a page.
+    page: u64,
+}
+
+impl Buffers {
+    fn add(&mut self, address: u64, buffer: RegisteredBuffer) {
+        self.last += 1;
+        self.numbers.insert(address, self.last);
+        if let Some(tables) = &mut self.tables {
+            buffer.pages(|rail, pages| tables.take(rail, pages));
+        }
+        self.by_number.insert(self.last, buffer);
+    }
+
+    fn remove(&mut self, address: u64) {
+        let number = self.numbers.remove(&address);
+        let Some(buffer) = number.and_then(|number| self.by_number.remove(&number)) else { return };
+        if let Some(tables) = &mut self.tables {
+            buffer.pages(|rail, pages| tables.give_back(rail, pages));
+        }
+    }
+}
+
+impl RegisteredBuffer {
+    /// How many pages it has on each rail.
+    fn pages(&self, mut each: impl FnMut(usize, u64)) {
+        for region in &self.regions {
+            let pages = pages::spanned(region.address, region.length, self.page);
+            let rails = region.keys.iter().enumerate().filter(|(_, key)| **key != 0);
+            rails.for_each(|(rail, _)| each(rail, pages));
+        }
+    }
 }
 
 /// The provider's devices that could be used, without opening any.
@@ -143,10 +199,12 @@ impl Transport {
             round_robin: config.path_round_robin,
             registering: match (config.parallel_reg, config.reg_threads) {
                 (Some(false), _) => 1,
-                (_, 0) => MAX_REGISTERING,
+                (_, 0) => std::thread::available_parallelism()
+                    .map_or(1, |cores| cores.get().min(MAX_REGISTERING)),
                 (_, threads) => threads,
             },
         };
+        let tables = (provider == "efa").then(|| Tables::new(names.len(), pages::ENTRIES));
         let threads = match config.pollers {
             0 => names.len(),
             count => count.min(names.len()),
@@ -165,7 +223,7 @@ impl Transport {
             names,
             addresses,
             host,
-            buffers: Mutex::default(),
+            buffers: Mutex::new(Buffers { tables, ..Buffers::default() }),
             stop: AtomicBool::new(false),
             sleepers,
             next_expiry: AtomicU64::new(0),
@@ -200,7 +258,13 @@ impl Transport {
     /// nothing. The regions that each became: one, or more if it is longer than one may be.
     pub fn register(&self, wanted: &[(Memory, &str)]) -> Result<Vec<Vec<Registered>>> {
         let shared = &self.shared;
-        let mut locations = Vec::with_capacity(wanted.len());
+        // Held while registrations change.
+        let mut buffers = shared.buffers.lock();
+        let mut tables = buffers.tables.clone();
+        let worth_asking =
+            tables.is_some() && wanted.iter().any(|(memory, _)| memory.length() >= WORTH_ASKING);
+        let mapped = worth_asking.then(hmem::Pages::read);
+        let mut made_of = Vec::with_capacity(wanted.len());
         let mut registrations = Vec::with_capacity(wanted.len());
         for (memory, location) in wanted {
             if location.len() > MAX_NAME {
@@ -223,22 +287,33 @@ impl Transport {
             let only_near = shared.config.nic_selection == NicSelection::Local
                 && kind != MemoryKind::Host
                 && !near.is_empty();
+            let all = narrow(&[near.clone(), far].concat());
+            let near = narrow(&near);
+            let rails = if only_near { near.clone() } else { all };
+            let page = match (&mapped, kind) {
+                (_, MemoryKind::Cuda(_)) => DEVICE_PAGE,
+                (Some(mapped), _) if memory.length() >= WORTH_ASKING => {
+                    mapped.size(memory.address(), memory.length())
+                }
+                _ => hmem::SMALL_PAGE,
+            };
+            let place = match &mut tables {
+                None => Place { rails, shares: 1 },
+                Some(tables) => shared.place(tables, memory, page, &rails)?,
+            };
             registrations.push(Registration {
                 memory: memory.clone(),
-                rails: if only_near {
-                    narrow(&near)
-                } else {
-                    narrow(&[near.clone(), far].concat())
-                },
-                preferred: narrow(&near),
+                rails: place.rails,
+                preferred: near,
                 largest: shared.config.max_mr_size,
+                shares: place.shares,
             });
-            locations.push(location);
+            made_of.push((location, page));
         }
-        let mut buffers = shared.buffers.lock();
         let made = shared.engine.register(&registrations)?;
-        for ((regions, location), (memory, _)) in made.iter().zip(locations).zip(wanted) {
-            buffers.push((memory.address(), location, regions.clone()));
+        for ((regions, (location, page)), (memory, _)) in made.iter().zip(made_of).zip(wanted) {
+            let regions = regions.clone();
+            buffers.add(memory.address(), RegisteredBuffer { location, regions, page });
         }
         Ok(made)
     }
@@ -253,7 +328,7 @@ impl Transport {
         let result = self.shared.engine.unregister(address);
         if !matches!(&result, Err(error) if matches!(error.code, Code::Busy | Code::AddressNotRegistered))
         {
-            buffers.retain(|(start, ..)| *start != address);
+            buffers.remove(address);
         }
         result
     }
@@ -279,9 +354,10 @@ impl Transport {
             protocol: segment::PROTOCOL.to_owned(),
             devices: devices.collect(),
             buffers: buffers
-                .iter()
-                .flat_map(|(_, location, regions)| {
-                    regions.iter().map(|region| describe(location, region))
+                .by_number
+                .values()
+                .flat_map(|buffer| {
+                    buffer.regions.iter().map(|region| describe(&buffer.location, region))
                 })
                 .collect(),
             topology: shared.topology.clone(),
@@ -569,6 +645,39 @@ impl Shared {
 
     fn now(&self) -> u64 {
         nanoseconds(self.clock.elapsed())
+    }
+
+    /// Where memory is to be registered, among these rails; taken from the tables.
+    fn place(
+        &self,
+        tables: &mut Tables,
+        memory: &Memory,
+        page: u64,
+        rails: &[u16],
+    ) -> Result<Place> {
+        let (address, length) = (memory.address(), memory.length());
+        let pages = pages::spanned(address, length, page);
+        let place = tables
+            .place(pages, rails)
+            .map_err(|error| error.context(format!("{length} bytes at {address:#x}")))?;
+        if place.shares > 1 || place.rails.len() < rails.len() {
+            let names = place.rails.iter().map(|&rail| self.names[usize::from(rail)].as_str());
+            log::warn!(
+                "{length} bytes at {address:#x} have {pages} pages of {page} bytes: registered {} on {} of \
+                 {} NICs ({}), as far as their page tables have room; huge pages need less",
+                match place.shares {
+                    1 => "whole".to_owned(),
+                    shares => format!("in {shares} parts"),
+                },
+                place.rails.len(),
+                rails.len(),
+                names.collect::<Vec<_>>().join(", ")
+            );
+        }
+        // A part may touch one page more at its end.
+        let part = pages.div_ceil(place.shares) + u64::from(place.shares > 1);
+        place.rails.iter().for_each(|&rail| tables.take(usize::from(rail), part));
+        Ok(place)
     }
 
     fn fetch(&self, name: &str) -> Result<Segment> {

@@ -63,15 +63,18 @@ pub(super) fn run(
 ) {
     // Turns on each rail as last seen, and when somebody else took one.
     let mut turns: Vec<(u64, u64)> = rails.iter().map(|&rail| (engine.turns(rail), 0)).collect();
-    // After a sleep everything is slow, so the first look has a measure of its own.
-    let mut efforts = vec![[Effort::default(); 2]; rails.len()];
+    // After a sleep everything is slow, so the first look has a measure of its own. And unusual polls of
+    // each rail: what slows one down after a sleep slows down all.
+    let mut efforts = vec![([Effort::default(); 2], 0); rails.len()];
+    let serves = |nic: &mut FabricNic| Ok(nic.peers_need_polls());
+    let serves = rails.iter().any(|&rail| engine.with_nic(rail, serves).unwrap_or(true));
     let mut patience = Patience::default();
-    let (mut cold, mut evidence) = (true, 0);
+    let mut cold = true;
     let (mut last_active, mut woken) = (clock(), 0);
     while !stop.load(Ordering::Acquire) {
         let mut now = clock();
         let (mut work, mut others, mut active) = (false, false, false);
-        for ((&rail, (seen, driven)), [first, later]) in
+        for ((&rail, (seen, driven)), ([first, later], evidence)) in
             rails.iter().zip(&mut turns).zip(&mut efforts)
         {
             let busy = engine.load(rail) > 0;
@@ -89,20 +92,20 @@ pub(super) fn run(
                     None => (*driven, others) = (now, true),
                 }
                 let before = std::mem::replace(&mut now, clock());
-                evidence += if cold {
+                *evidence += if cold {
                     let excess = first.excess(now - before);
                     u32::from(excess > COLD_SLACK) + u32::from(excess > COLD_CERTAIN)
                 } else {
                     u32::from(later.excess(now - before) > WARM_SLACK)
                 };
+                active |= serves && *evidence >= EVIDENCE;
             }
             *seen = engine.turns(rail);
         }
         cold = false;
-        active |= evidence >= EVIDENCE;
         if active {
             patience = Patience::default();
-            evidence = 0;
+            efforts.iter_mut().for_each(|(_, evidence)| *evidence = 0);
         }
         if active || work {
             last_active = now;
@@ -118,7 +121,8 @@ pub(super) fn run(
         } else if now - woken > LOOK {
             let longest = HEARTBEAT.min(Duration::from_nanos(idle / SLEEP_PART));
             sleep(engine, rails, sleeper, stop, longest);
-            (cold, evidence, woken) = (true, 0, clock());
+            efforts.iter_mut().for_each(|(_, evidence)| *evidence = 0);
+            (cold, woken) = (true, clock());
         }
     }
 }

@@ -891,6 +891,10 @@ unsafe fn make_qp(
     if queues.0 != queues.1 {
         qp.recv_cq().qps.lock().push(qp);
     }
+    // What was asked for before there was a queue pair to tell (libfabric does when it opens a queue).
+    if qp.recv_cq().armed.load(Ordering::SeqCst) {
+        qp.shared.armed.store(1, Ordering::SeqCst);
+    }
     context.world.say(|| {
         format!(
             "{}: queue pair {}, {} sends, {} receives",
