@@ -90,6 +90,7 @@ fn run(case: &Case, batches: u64) -> Result<f64> {
         rails: (0..case.rails).collect(),
         preferred: Vec::new(),
         largest: u64::MAX,
+        shares: 1,
     }])?;
     let target = engine.add_target(RemoteSegment {
         name: "peer".to_owned(),
