@@ -505,7 +505,8 @@ fn past_a_page_table<D: Door>(provider: &str) {
         assert_eq!(told.iter().map(|part| part.length).sum::<u64>(), size);
         let segment = door.open(&target.descriptor).expect("opened");
         let offset = told[0].length - 3 * MIB - 5;
-        fill(&buffer, offset, 8 * MIB, 19);
+        let bytes: Vec<u8> = (0..8 * MIB).map(|at| pattern(19, at)).collect();
+        buffer.write(offset, &bytes);
         let one = Move {
             write: true,
             local: buffer.address() + offset,
