@@ -3,6 +3,8 @@
 use std::ffi::{CStr, CString};
 use std::ptr::NonNull;
 
+use parking_lot::Mutex;
+
 use super::bindings as ffi;
 use super::load::{Libfabric, version};
 use crate::error::{Code, Error, Result};
@@ -61,6 +63,9 @@ impl Info {
     /// All reliable-datagram RMA endpoints that match. An empty list if there are none.
     pub fn query(lib: &'static Libfabric, query: &Query) -> Result<Vec<Self>> {
         let hints = Self::hints(lib, query)?;
+        // 1.17 has been seen to crash in two calls at once.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _turn = ONE_AT_A_TIME.lock();
         let mut list = std::ptr::null_mut();
         // SAFETY: `hints` is a whole fi_info made by this library; node and service may be NULL.
         let ret = unsafe {

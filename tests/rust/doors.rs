@@ -6,7 +6,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mooncake_efa::Code;
@@ -484,6 +484,43 @@ fn past_four_gib<D: Door>(provider: &str) {
     target.check(0, MIB, 0);
 }
 
+/// A NIC's page table has no room for so many small pages, so that each NIC gets a part. Untouched memory
+/// costs nothing on the emulated device only.
+fn past_a_page_table<D: Door>(provider: &str) {
+    if std::env::var_os("SOFTEFA_DIR").is_none() {
+        eprintln!("skipped: not an emulated device");
+        return;
+    }
+    // Two at once would not fit: the table is the NIC's, whoever uses it.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let size: u64 = 96 << 30;
+    let mut target = Target::start(provider, 8 * MIB, 1);
+    let door = D::install(provider);
+    let buffer = Buffer::new(size).expect("mapped");
+    for _ in 0..2 {
+        door.register(&buffer, 0, size).expect("registered, and again: the room was given back");
+        let told = Segment::from_json(&door.descriptor()).expect("a descriptor").buffers;
+        assert!(told.iter().all(|part| part.rkey.contains(&0)), "on some of the NICs only");
+        assert_eq!(told.iter().map(|part| part.length).sum::<u64>(), size);
+        let segment = door.open(&target.descriptor).expect("opened");
+        let offset = told[0].length - 3 * MIB - 5;
+        let bytes: Vec<u8> = (0..8 * MIB).map(|at| pattern(19, at)).collect();
+        buffer.write(offset, &bytes);
+        let one = Move {
+            write: true,
+            local: buffer.address() + offset,
+            target: segment,
+            remote: target.base,
+            length: 8 * MIB,
+        };
+        assert_eq!(door.run(&[one]), COMPLETED);
+        target.check(0, 8 * MIB, 19);
+        assert!(door.register(&buffer, 0, size).is_err(), "it is registered already");
+        door.unregister(buffer.address()).expect("unregistered");
+    }
+}
+
 fn many_threads<D: Door>(provider: &str) {
     const THREADS: u64 = 16;
     let (mut target, door, buffer, segment) = pair::<D>(provider, THREADS * MIB);
@@ -725,6 +762,7 @@ doors! {
     lengths: tcp shm sockets efa;
     many_regions: tcp shm efa;
     past_four_gib: tcp shm efa;
+    past_a_page_table: efa;
     many_threads: tcp shm efa; // `sockets`: see docs/architecture.md, known limits
     batch_limit: tcp shm efa;
     foreign_numbers: tcp shm efa;
