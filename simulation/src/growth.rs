@@ -1,0 +1,8 @@
+//!
+/// A
+#[derive(clap::Args)]
+pub struct Args {}
+/// B
+pub fn run(_: &Args, _: bool) -> Result<(), String> {
+    Ok(())
+}

@@ -1,0 +1,5 @@
+//!
+/// B
+pub fn run(_: bool) -> Result<(), String> {
+    Ok(())
+}
