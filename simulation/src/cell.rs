@@ -19,6 +19,8 @@ use crate::world::World;
 pub const DEFAULT_SLICE: u64 = 4 << 20;
 /// Memory that each side registers, bytes: addresses only. Blocks take places in it in turn.
 const MEMORY: u64 = 64 << 30;
+/// Longest [`Cell::block`], bytes.
+pub const LONGEST_BLOCK: u64 = 512 << 20;
 /// Between two blocks that are not neighbours, bytes.
 const GAP: u64 = 4096;
 /// No deadline.
@@ -251,11 +253,7 @@ impl Sender {
         let registrations: Vec<Registration> = (0..parts)
             .map(|part| Registration {
                 memory: memory.part(part * (MEMORY / parts), MEMORY / parts),
-                preferred: if cell.one_nic {
-                    vec![scatter(part) as u16 % nics as u16]
-                } else {
-                    vec![]
-                },
+                preferred: if cell.one_nic { vec![(part % nics as u64) as u16] } else { vec![] },
                 rails: rails.clone(),
                 largest: u64::MAX,
             })
@@ -293,7 +291,7 @@ impl Sender {
         };
         let mut next = thread as u64 * (places / cell.threads as u64);
         let mut under_way: VecDeque<BatchId> = VecDeque::new();
-        loop {
+        while world.now() < end {
             while under_way.len() < cell.ahead {
                 world.spend(cell.costs.submission + cell.costs.request * cell.batch as u64);
                 world.turn();
@@ -341,13 +339,14 @@ impl Sender {
             engine.free_batch(oldest).map_err(|error| error.to_string())?;
             under_way.pop_front();
         }
+        Ok(())
     }
 }
 
 /// Where peers' memory is.
 const REMOTE: u64 = 0x7000_0000_0000;
-/// Parts of the memory that are given to a NIC each, where a request goes over one NIC.
-const ONE_NIC_PARTS: u64 = 1024;
+/// Parts of the memory that are given to a NIC each, where a request goes over one NIC: as many a NIC.
+const ONE_NIC_PARTS: u64 = 64;
 
 /// A number that looks drawn (the finalizer of SplitMix64).
 fn scatter(number: u64) -> u64 {

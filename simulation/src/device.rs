@@ -31,14 +31,16 @@ pub(crate) struct LineNic {
     pub costs: CallCosts,
 }
 
-/// A peer's NIC as the engine knows it: its address is its port.
+/// A peer's NIC as the engine knows it: its address, which is as long as EFA's, begins with its port.
 pub(crate) fn remote_nic(port: Port) -> RemoteNic {
-    let address = (port as u64).to_le_bytes();
+    let mut address = [0; 32];
+    address[..8].copy_from_slice(&(port as u64).to_le_bytes());
     RemoteNic { name: format!("port{port}"), address: Some(address.into()) }
 }
 
 fn port(address: &[u8]) -> PeerAddress {
-    PeerAddress(u64::from_le_bytes(address.try_into().expect("made by remote_nic")))
+    let port = address.first_chunk().expect("made by remote_nic");
+    PeerAddress(u64::from_le_bytes(*port))
 }
 
 impl Nic for LineNic {
@@ -94,16 +96,17 @@ impl Nic for LineNic {
 /// A NIC that has completed an operation when it is next polled, or keeps it for ever. Peers are kept
 /// as the real NIC keeps them.
 pub(crate) struct InstantNic {
-    pub depth: u32,
+    depth: u32,
     /// Operations never complete.
-    pub keeps: bool,
-    pub done: Vec<u32>,
-    pub peers: HashMap<Box<[u8]>, PeerAddress>,
+    keeps: bool,
+    done: Vec<u32>,
+    peers: HashMap<Box<[u8]>, PeerAddress>,
 }
 
 impl InstantNic {
     pub fn new(depth: u32, keeps: bool) -> Self {
-        Self { depth, keeps, done: Vec::with_capacity(depth as usize), peers: HashMap::new() }
+        let done = Vec::with_capacity(if keeps { 0 } else { depth as usize });
+        Self { depth, keeps, done, peers: HashMap::new() }
     }
 }
 

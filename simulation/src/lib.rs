@@ -10,6 +10,7 @@
 pub mod cell;
 pub mod device;
 pub mod growth;
+mod instant;
 pub mod machine;
 pub mod memory;
 mod network;

@@ -494,7 +494,10 @@ fn main() -> ExitCode {
         Command::Cores(args) => cores(args, cli.json),
         Command::Sweep(args) => sweep(args, cli.json),
         Command::Growth(args) => growth::run(args, cli.json),
-        Command::Memory => memory::run(cli.json),
+        Command::Memory => {
+            memory::run(cli.json);
+            Ok(())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
