@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use mooncake_efa::engine::{
-    BatchId, Engine, Registration, RemoteBuffer, RemoteSegment, Request, Settings, TargetId,
+    BatchId, Engine, Registration, RemoteBuffer, RemoteSegment, Request, Settings, Status, TargetId,
 };
 use mooncake_efa::fabric::{Buffer, Memory};
 use parking_lot::Mutex;
@@ -324,7 +324,8 @@ impl Sender {
                 under_way.push_back(batch);
             }
             let oldest = under_way[0];
-            while !engine.batch_status(oldest).map_err(|error| error.to_string())?.0.is_final() {
+            let watched = engine.watch(oldest).map_err(|error| error.to_string())?;
+            while !watched.status().is_final() {
                 if world.now() >= end {
                     return Ok(());
                 }
@@ -332,10 +333,10 @@ impl Sender {
                 world.turn();
                 engine.progress(world.now());
             }
-            let (status, _) = engine.batch_status(oldest).map_err(|error| error.to_string())?;
-            if status != mooncake_efa::engine::Status::Completed {
-                return Err(format!("a batch ended as {status:?}"));
+            if watched.status() != Status::Completed {
+                return Err(format!("a batch ended as {:?}", watched.status()));
             }
+            drop(watched);
             engine.free_batch(oldest).map_err(|error| error.to_string())?;
             under_way.pop_front();
         }

@@ -83,6 +83,7 @@ impl World {
             let mut state = self.0.lock();
             (state.now, state.others) = (now, others);
             state.core = thread % state.cores.len();
+            mooncake_efa::engine::set_home(thread);
             MutexGuard::unlocked(&mut state, || threads[thread].resume());
             if !threads[thread].is_done() {
                 waiting.push(Reverse((state.now, thread)));

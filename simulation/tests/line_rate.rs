@@ -69,7 +69,7 @@ fn one_request_fills_all_nics_as_well_as_one_thread_can() {
         batch: 1,
         ..Cell::new(machine)
     });
-    each(&cells, |cell, part| assert!(part >= WANTED * cell.bound(), "{}: {part:.3}", name(cell)));
+    each(&cells, |cell, part| assert!(part >= 0.95 * cell.bound(), "{}: {part:.3}", name(cell)));
 }
 
 /// That the figures can be other ones: the engine as it would be if a request took one NIC, which is
