@@ -118,7 +118,7 @@ const HUNDREDS: [u64; 5] = [1, 10, 100, 1000, 10_000];
 
 type Figures = fn(&Args) -> Vec<Point>;
 
-const CURVES: [(&str, Figures); 14] = [
+const CURVES: [(&str, Figures); 15] = [
     ("peers known, a batch of 128 to one of them: a request", |args| {
         let points = HUNDREDS.map(|peers| {
             let engine = Instant::new(NICS, DEPTH, false).with_regions(1);
@@ -169,6 +169,14 @@ const CURVES: [(&str, Figures); 14] = [
     ("NICs, a batch of 128: a request", |args| {
         let points = [1, 2, 4, 8, 16, 32]
             .map(|nics| args.requests(nics, &plain(nics as usize), BATCH, |_, _| 0, next));
+        points.into()
+    }),
+    ("NICs, a batch of 128 to 16 peers in turn: a request", |args| {
+        let points = [1, 2, 4, 8, 16, 32].map(|nics| {
+            let engine = Instant::new(nics as usize, DEPTH, false).with_regions(1);
+            let engine = engine.with_peers(16, 1);
+            args.requests(nics, &engine, BATCH, |_, index| index % 16, next)
+        });
         points.into()
     }),
     ("NICs, a batch of 1: a request", |args| {

@@ -106,4 +106,8 @@ pub fn run(json: bool) {
         usage.nics,
         verdict(usage.peer_nic, WANTED_PEER)
     );
+    println!(
+        "{:8.1}  the same, for each of our NICs that it is connected to",
+        usage.peer_nic / usage.nics as f64
+    );
 }
