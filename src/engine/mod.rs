@@ -687,6 +687,8 @@ impl<N: Nic> Engine<N> {
         loads.clear();
         loads.extend(self.rails.iter().map(Rail::load));
         let (mut lane, mut used) = (None::<Lane>, 0);
+        // Bytes that have no rail yet.
+        let mut left = plan.bytes;
         for piece in &plan.pieces {
             if plan.uses[used].local_region != piece.way.local_region {
                 used += 1;
@@ -694,8 +696,10 @@ impl<N: Nic> Engine<N> {
             let local = locals.at(piece.way.local_region as usize);
             let region = local.number.index;
             let (stripe, level) = match &lane {
-                Some(lane) if lane.way == piece.way => (lane.stripe, lane.level),
-                _ => (plan.stripe(local.rails.len()), level(&local.rails, loads, plan.bytes)),
+                Some(lane) if lane.way.local_region == piece.way.local_region => {
+                    (lane.stripe, lane.level)
+                }
+                _ => (plan.stripe(local.rails.len()), level(&local.rails, loads, left)),
             };
             let part = plan::cut(piece.length, stripe);
             let mut done = 0;
@@ -741,6 +745,7 @@ impl<N: Nic> Engine<N> {
                 });
                 plan.uses[used].spans += 1;
                 loads[lane.rail] += length;
+                left -= length;
                 lane.left = lane.left.saturating_sub(length);
                 done += length;
             }
