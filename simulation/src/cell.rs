@@ -75,6 +75,9 @@ pub struct Cell {
     pub cores: usize,
     /// Blocks are neighbours on both sides, so that they can be merged.
     pub neighbours: bool,
+    /// A submission's requests to the same peer are next to each other, instead of going to the peers in
+    /// turn.
+    pub runs: bool,
     /// A request goes over one NIC, whichever its address is given to.
     pub one_nic: bool,
     /// Longest operation, bytes.
@@ -105,6 +108,7 @@ impl Cell {
             ahead: 1,
             cores: 64,
             neighbours: false,
+            runs: false,
             one_nic: false,
             slice: DEFAULT_SLICE,
             round_robin: false,
@@ -256,6 +260,7 @@ impl Sender {
                 preferred: if cell.one_nic { vec![(part % nics as u64) as u16] } else { vec![] },
                 rails: rails.clone(),
                 largest: u64::MAX,
+                shares: 1,
             })
             .collect();
         engine.register(&registrations).map_err(|error| error.to_string())?;
@@ -305,7 +310,13 @@ impl Sender {
                         place * stride
                     };
                     // Neighbours go to one peer, or there would be none.
-                    let peer = if cell.neighbours { next as usize / cell.batch } else { index };
+                    let peer = if cell.neighbours {
+                        next as usize / cell.batch
+                    } else if cell.runs {
+                        index * cell.peers / cell.batch
+                    } else {
+                        index
+                    };
                     Request {
                         write: cell.write,
                         local: self.local + offset,

@@ -67,6 +67,7 @@ impl Instant {
             rails: (0..self.nics as u16).collect(),
             preferred: Vec::new(),
             largest: u64::MAX,
+            shares: 1,
         }
     }
 

@@ -91,6 +91,10 @@ struct Common {
     /// Blocks are neighbours on both sides, so that the engine can merge them
     #[arg(long)]
     neighbours: bool,
+    /// Requests to the same peer are next to each other in a submission, instead of going to the peers in
+    /// turn
+    #[arg(long)]
+    runs: bool,
     /// A request goes over one NIC, as in Mooncake's C++ transport: for comparison
     #[arg(long)]
     one_nic: bool,
@@ -105,6 +109,7 @@ impl Common {
             ahead: self.ahead as usize,
             cores: self.cores as usize,
             neighbours: self.neighbours,
+            runs: self.runs,
             one_nic: self.one_nic,
             costs: Costs {
                 request: self.request_ns,
