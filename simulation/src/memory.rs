@@ -111,3 +111,17 @@ pub fn run(json: bool) {
         usage.peer_nic / usage.nics as f64
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// More than is wanted, but not more than it was: see docs/simulation.md.
+    #[test]
+    fn no_more_is_kept_than_before() {
+        let usage = usage(16);
+        assert!(usage.in_flight() <= 93.0, "{usage:?}");
+        assert!(usage.waiting() <= 112.0, "{usage:?}");
+        assert!(usage.peer_nic / usage.nics as f64 <= 100.0, "{usage:?}");
+    }
+}
