@@ -17,7 +17,7 @@ mod target;
 #[cfg(test)]
 mod tests;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -679,11 +679,7 @@ impl<N: Nic> Engine<N> {
     }
 
     /// Cuts pieces into spans and gives each to a rail.
-    fn place(
-        &self,
-        scratch: &mut Scratch,
-        locals: &RangeMap<LocalRegion>,
-    ) -> Result<(), Refusal> {
+    fn place(&self, scratch: &mut Scratch, locals: &RangeMap<LocalRegion>) -> Result<(), Refusal> {
         let rails = self.rails.len();
         let Scratch { plan, spans, loads } = scratch;
         spans.resize_with(rails.max(spans.len()), Vec::new);
@@ -691,6 +687,8 @@ impl<N: Nic> Engine<N> {
         loads.clear();
         loads.extend(self.rails.iter().map(Rail::load));
         let (mut lane, mut used) = (None::<Lane>, 0);
+        // Bytes that have no rail yet.
+        let mut left = plan.bytes;
         for piece in &plan.pieces {
             if plan.uses[used].local_region != piece.way.local_region {
                 used += 1;
@@ -698,8 +696,10 @@ impl<N: Nic> Engine<N> {
             let local = locals.at(piece.way.local_region as usize);
             let region = local.number.index;
             let (stripe, level) = match &lane {
-                Some(lane) if lane.way == piece.way => (lane.stripe, lane.level),
-                _ => (plan.stripe(local.rails.len()), level(&local.rails, loads, plan.bytes)),
+                Some(lane) if lane.way.local_region == piece.way.local_region => {
+                    (lane.stripe, lane.level)
+                }
+                _ => (plan.stripe(local.rails.len()), level(&local.rails, loads, left)),
             };
             let part = plan::cut(piece.length, stripe);
             let mut done = 0;
@@ -745,6 +745,7 @@ impl<N: Nic> Engine<N> {
                 });
                 plan.uses[used].spans += 1;
                 loads[lane.rail] += length;
+                left -= length;
                 lane.left = lane.left.saturating_sub(length);
                 done += length;
             }
@@ -987,15 +988,23 @@ struct Lane {
     left: u64,
 }
 
+thread_local! {
+    static HOME: Cell<usize> = {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        Cell::new(NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add(std::process::id() as usize))
+    };
+}
+
 /// This thread's number. Threads start with different rails, in what they submit and in what they drive: then
 /// they meet less often, and a rail's data stay in the cache of one core. So do processes.
 fn home() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local! {
-        static HOME: usize =
-            NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add(std::process::id() as usize);
-    }
-    HOME.with(|home| *home)
+    HOME.get()
+}
+
+/// Chooses which rail this thread starts with (modulo their number), instead of one by the order of threads:
+/// for one that is several in turn, as with coroutines.
+pub fn set_home(rail: usize) {
+    HOME.set(rail);
 }
 
 /// What each of these rails will have to do when `bytes` more are spread evenly.

@@ -1,6 +1,7 @@
 //! From requests to spans: look up, merge, cut, place. All of it happens before anything is started,
 //! so a bad request leaves nothing half-done.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::region::{LocalRegion, RangeMap, Users};
@@ -15,6 +16,8 @@ const MERGE_UP_TO: u64 = 1 << 20;
 /// operation, doorbell and look at a completion queue outweighs the second NIC (NIXL and aws-ofi-nccl use the
 /// same).
 pub(super) const SMALLEST_STRIPE: u64 = 128 << 10;
+/// So many targets of one submission are looked through; for more that would cost more than hashing.
+const FEW: usize = 16;
 /// Cuts fall on multiples of this.
 const STRIPE_ALIGN: u64 = 4096;
 
@@ -69,6 +72,8 @@ pub(super) struct Plan {
     /// Regions of the pieces, one entry for neighbours of the same; each has been entered once.
     pub uses: Vec<Use>,
     pub targets: Vec<(TargetId, Arc<Target>)>,
+    /// Indexes of the targets after the first [`FEW`].
+    further: HashMap<TargetId, usize>,
     pub bytes: u64,
 }
 
@@ -88,18 +93,15 @@ impl Plan {
         self.pieces.clear();
         self.uses.clear();
         self.targets.clear();
+        if !self.further.is_empty() {
+            self.further.clear(); // goes over all its room
+        }
         self.bytes = 0;
         let (mut local_hint, mut remote_hint, mut target) = (0, 0, 0);
         for (index, request) in requests.enumerate() {
             let mut add = || -> Result<(), Refusal> {
                 if self.targets.get(target).is_none_or(|(id, _)| *id != request.target) {
-                    target = match self.targets.iter().position(|(id, _)| *id == request.target) {
-                        Some(known) => known,
-                        None => {
-                            self.targets.push((request.target, find(request.target)?));
-                            self.targets.len() - 1
-                        }
-                    };
+                    target = self.target(request.target, &find)?;
                 }
                 self.add(
                     index as u32,
@@ -117,6 +119,25 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// The index of a target, which is found with `find` the first time.
+    fn target(
+        &mut self,
+        id: TargetId,
+        find: impl Fn(TargetId) -> Result<Arc<Target>>,
+    ) -> Result<usize> {
+        let few = &self.targets[..self.targets.len().min(FEW)];
+        let known = few.iter().position(|(known, _)| *known == id);
+        if let Some(known) = known.or_else(|| self.further.get(&id).copied()) {
+            return Ok(known);
+        }
+        let new = self.targets.len();
+        self.targets.push((id, find(id)?));
+        if new >= FEW {
+            self.further.insert(id, new);
+        }
+        Ok(new)
     }
 
     /// Takes back what [`Self::build`] entered.

@@ -18,8 +18,8 @@ use parking_lot::Mutex;
 
 use crate::config::{Config, NicSelection};
 use crate::engine::{
-    BatchId, Engine, Nic, Observer, Progress, Refusal, Registration, RemoteBuffer, RemoteNic, RemoteSegment,
-    Request, Settings, Status, TargetId,
+    BatchId, Engine, Nic, Observer, Progress, Refusal, Registration, RemoteBuffer, RemoteNic,
+    RemoteSegment, Request, Settings, Status, TargetId,
 };
 use crate::error::{Code, Error, Result};
 use crate::fabric::{Libfabric, Memory, MemoryKind};
