@@ -65,13 +65,14 @@ bench-programs: # raw_rma and c_abi, in build/bench
 	cc -std=gnu11 -O2 -Wall -Wextra -pthread -Iinclude -o build/bench/c_abi bench/c_abi.c \
 		build/bench/libmooncake_efa.so.0 -Wl,--enable-new-dtags,-rpath,'$$ORIGIN'
 
-lint: build ## formatting, clippy, and that header, symbols and `unsafe` are as they should be
+lint: build ## formatting, clippy, that header, symbols and `unsafe` are as they should be, and a request's cost
 	@scripts/setup lint header
 	$(ENV) $(CARGO) fmt --all --check
 	$(ENV) $(CARGO) clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
 	scripts/check-header
 	scripts/check-symbols $(TARGET_DIR)/release/libmooncake_efa.so
 	scripts/check-unsafe
+	$(ENV) scripts/check-cost
 
 header: ## include/mooncake_efa.h from src/capi
 	@scripts/setup header
