@@ -243,12 +243,18 @@ static struct fi_info *get_info(const char *provider, const char *device) {
     /* The older of what we were compiled against and what is loaded: both understand that. */
     uint32_t compiled = FI_VERSION(FI_MAJOR_VERSION, FI_MINOR_VERSION);
     uint32_t version = fi_version() < compiled ? fi_version() : compiled;
-    struct fi_info *info = NULL;
-    int ret = fi_getinfo(version, NULL, NULL, 0, hints, &info);
+    struct fi_info *all = NULL;
+    int ret = fi_getinfo(version, NULL, NULL, 0, hints, &all);
     fi_freeinfo(hints);
     if (ret == -FI_ENODATA)
         return NULL;
     check(ret, "fi_getinfo");
+    /* Some providers offer other domains than the one asked for. */
+    struct fi_info *info = all;
+    while (device && info && strcmp(info->domain_attr->name, device))
+        info = info->next;
+    info = info ? fi_dupinfo(info) : NULL;
+    fi_freeinfo(all);
     return info;
 }
 
@@ -259,8 +265,9 @@ static void open_side(struct side *s, const char *device, bool target) {
         s->info = get_info("tcp;ofi_rxm", device);
     }
     if (!s->info)
-        die("provider '%s' with reliable datagrams and RMA%s%s not found", opt.provider,
-            device ? " on " : "", device ? device : "");
+        die("provider '%s' with reliable datagrams and RMA%s%s not found%s",
+            opt.provider, device ? " on domain " : "", device ? device : "",
+            device ? "; `fi_info` lists domains" : "");
 
     struct fi_info *info = s->info;
     /* Both queues of the endpoint end in one completion queue that may not overflow. */
