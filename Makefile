@@ -58,7 +58,7 @@ bench-programs: # raw_rma and c_abi, in build/bench
 	@scripts/setup bench
 	@mkdir -p build/bench
 	PKG_CONFIG_PATH="$$PKG_CONFIG_PATH:/opt/amazon/efa/lib/pkgconfig:/opt/amazon/efa/lib64/pkgconfig" \
-	sh -c 'cc -std=gnu11 -O2 -Wall -Wextra -o build/bench/raw_rma bench/raw_rma.c \
+	sh -c 'cc -std=gnu11 -O2 -Wall -Wextra -pthread -o build/bench/raw_rma bench/raw_rma.c \
 		$$(pkg-config --cflags --libs libfabric) -Wl,--enable-new-dtags,-rpath,$$(pkg-config --variable=libdir libfabric)'
 	@# By the name that the loader looks for, beside the program.
 	cp $(TARGET_DIR)/release/libmooncake_efa.so build/bench/libmooncake_efa.so.0

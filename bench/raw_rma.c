@@ -4,6 +4,10 @@
  * each, one buffer each; the initiator keeps a fixed number of operations in flight and does
  * nothing else. What a library on top of libfabric adds can be read off against this.
  *
+ * Several loops are threads of the one initiator, each on a device, with libfabric objects and a
+ * buffer of its own; nothing is shared between them. The one target has an endpoint and a buffer
+ * for each, and one thread that polls all: operations that the device executes need nothing of it.
+ *
  * The program forks itself before it touches libfabric: the child is the target, the parent the
  * initiator. They exchange what they need over a socket pair.
  */
@@ -11,8 +15,10 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -34,14 +40,22 @@
 #include <rdma/fi_rma.h>
 
 static const char *role = "raw_rma";
+static pthread_t main_thread;
+static atomic_bool failed;
 
+/* Ends the program, with one message however many loops fail. A loop's thread only ends itself:
+ * libfabric cleans up in exit(), when no other loop may be using it. */
 static _Noreturn void die(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fprintf(stderr, "raw_rma (%s): ", role);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
+    if (!atomic_exchange(&failed, true)) {
+        va_list args;
+        va_start(args, format);
+        fprintf(stderr, "raw_rma (%s): ", role);
+        vfprintf(stderr, format, args);
+        fputc('\n', stderr);
+        va_end(args);
+    }
+    if (!pthread_equal(pthread_self(), main_thread))
+        pthread_exit(NULL);
     exit(1);
 }
 
@@ -90,9 +104,9 @@ static struct {
     size_t window;
     double duration;
     size_t buffer;
-    char *devices[2]; /* initiator's, target's; NULL: the provider's first */
+    char **devices; /* of each loop; NULL: the provider's first */
+    size_t loops;
     bool delivery;
-    bool gate;
     bool json;
 } opt = {
     .provider = "shm",
@@ -100,6 +114,8 @@ static struct {
     .window = 64,
     .duration = 3,
     .buffer = 64 << 20,
+    .devices = (char *[]){NULL},
+    .loops = 1,
     .delivery = true,
 };
 
@@ -109,13 +125,11 @@ static void usage(int status) {
             "  --provider NAME      shm, tcp, sockets, efa, ... (shm)\n"
             "  --op write|read      (write)\n"
             "  --size BYTES         of one operation (65536)\n"
-            "  --window N           operations in flight (64)\n"
+            "  --window N           operations in flight of a loop (64)\n"
             "  --duration SECONDS   (3)\n"
-            "  --buffer BYTES       memory that the operations walk through (67108864)\n"
-            "  --devices A[,B]      domain of the initiator, and of the target if another\n"
+            "  --buffer BYTES       memory that a loop's operations walk through (67108864)\n"
+            "  --devices A[,B,...]  domains; one loop on each, all at the same time (the first)\n"
             "  --complete delivery|transmit   when a write counts as done (delivery)\n"
-            "  --gate               when warm, say so in a line, and begin when told so by one on\n"
-            "                       standard input: for several loops that run together\n"
             "  --json               one JSON object instead of a line of text\n");
     exit(status);
 }
@@ -129,14 +143,27 @@ static size_t number(const char *text, const char *name) {
     return (size_t)value;
 }
 
+static void parse_devices(char *names) {
+    opt.devices = NULL;
+    opt.loops = 0;
+    for (char *name = strtok(names, ","); name; name = strtok(NULL, ",")) {
+        opt.devices = realloc(opt.devices, (opt.loops + 1) * sizeof(*opt.devices));
+        if (!opt.devices)
+            die("out of memory");
+        opt.devices[opt.loops++] = name;
+    }
+    if (!opt.loops)
+        die("--devices: at least one name");
+}
+
 static void parse(int argc, char **argv) {
     static const struct option names[] = {
         {"provider", required_argument, NULL, 'p'}, {"op", required_argument, NULL, 'o'},
         {"size", required_argument, NULL, 's'},     {"window", required_argument, NULL, 'w'},
         {"duration", required_argument, NULL, 'd'}, {"buffer", required_argument, NULL, 'b'},
         {"devices", required_argument, NULL, 'D'},  {"complete", required_argument, NULL, 'c'},
-        {"gate", no_argument, NULL, 'g'},           {"json", no_argument, NULL, 'j'},
-        {"help", no_argument, NULL, 'h'},           {0},
+        {"json", no_argument, NULL, 'j'},           {"help", no_argument, NULL, 'h'},
+        {0},
     };
     int c;
     while ((c = getopt_long(argc, argv, "h", names, NULL)) != -1) {
@@ -155,18 +182,12 @@ static void parse(int argc, char **argv) {
                 die("--duration: seconds, more than 0, at most 3600");
             break;
         case 'b': opt.buffer = number(optarg, "buffer"); break;
-        case 'D':
-            opt.devices[0] = strtok(optarg, ",");
-            opt.devices[1] = strtok(NULL, ",");
-            if (!opt.devices[1])
-                opt.devices[1] = opt.devices[0];
-            break;
+        case 'D': parse_devices(optarg); break;
         case 'c':
             if (strcmp(optarg, "delivery") && strcmp(optarg, "transmit"))
                 die("--complete: delivery or transmit");
             opt.delivery = !strcmp(optarg, "delivery");
             break;
-        case 'g': opt.gate = true; break;
         case 'j': opt.json = true; break;
         case 'h': usage(0); break;
         default: usage(2);
@@ -180,7 +201,7 @@ static void parse(int argc, char **argv) {
         opt.buffer = opt.size * opt.window;
 }
 
-/* ---- one side's libfabric objects */
+/* ---- one side of a loop: its libfabric objects and its buffer */
 
 struct side {
     struct fi_info *info;
@@ -222,25 +243,31 @@ static struct fi_info *get_info(const char *provider, const char *device) {
     /* The older of what we were compiled against and what is loaded: both understand that. */
     uint32_t compiled = FI_VERSION(FI_MAJOR_VERSION, FI_MINOR_VERSION);
     uint32_t version = fi_version() < compiled ? fi_version() : compiled;
-    struct fi_info *info = NULL;
-    int ret = fi_getinfo(version, NULL, NULL, 0, hints, &info);
+    struct fi_info *all = NULL;
+    int ret = fi_getinfo(version, NULL, NULL, 0, hints, &all);
     fi_freeinfo(hints);
     if (ret == -FI_ENODATA)
         return NULL;
     check(ret, "fi_getinfo");
+    /* Some providers offer other domains than the one asked for. */
+    struct fi_info *info = all;
+    while (device && info && strcmp(info->domain_attr->name, device))
+        info = info->next;
+    info = info ? fi_dupinfo(info) : NULL;
+    fi_freeinfo(all);
     return info;
 }
 
-static void open_side(struct side *s, bool target) {
-    const char *device = opt.devices[target];
+static void open_side(struct side *s, const char *device, bool target) {
     s->info = get_info(opt.provider, device);
     if (!s->info && !strcmp(opt.provider, "tcp")) {
         /* Before 1.18 the tcp provider had no RDM endpoints of its own. */
         s->info = get_info("tcp;ofi_rxm", device);
     }
     if (!s->info)
-        die("provider '%s' with reliable datagrams and RMA%s%s not found", opt.provider,
-            device ? " on " : "", device ? device : "");
+        die("provider '%s' with reliable datagrams and RMA%s%s not found%s",
+            opt.provider, device ? " on domain " : "", device ? device : "",
+            device ? "; `fi_info` lists domains" : "");
 
     struct fi_info *info = s->info;
     /* Both queues of the endpoint end in one completion queue that may not overflow. */
@@ -323,11 +350,12 @@ static void get(int fd, void *data, size_t len) {
 
 /* Like get, but keeps the provider going: one that makes progress only when asked would otherwise
  * leave the other side waiting. */
-static void get_polling(int fd, void *data, size_t len, struct side *s) {
+static void get_polling(int fd, void *data, size_t len, struct side *sides) {
     struct fi_cq_entry entries[16];
     for (;;) {
         for (int i = 0; i < 256; i++)
-            poll_cq(s, entries, 16);
+            for (size_t j = 0; j < opt.loops; j++)
+                poll_cq(&sides[j], entries, 16);
         ssize_t ret = recv(fd, data, len, MSG_DONTWAIT | MSG_PEEK);
         if (ret == 0)
             exit(1); /* the parent died */
@@ -360,20 +388,29 @@ static fi_addr_t insert(struct side *s, const struct hello *other) {
 
 /* ---- what the memory must hold afterwards */
 
-static unsigned char pattern(size_t offset) {
-    uint64_t x = (offset >> 3) * UINT64_C(0x9e3779b97f4a7c15);
+/* Each loop's differs, so that an operation between the wrong buffers is seen. */
+static unsigned char pattern(size_t loop, size_t offset) {
+    uint64_t x = (((uint64_t)loop << 40) + (offset >> 3) + 1) * UINT64_C(0x9e3779b97f4a7c15);
     return (unsigned char)(x >> (8 * (offset & 7)));
 }
 
-static void fill(unsigned char *buffer, size_t len) {
+static void fill(unsigned char *buffer, size_t len, size_t loop) {
     for (size_t i = 0; i < len; i++)
-        buffer[i] = pattern(i);
+        buffer[i] = pattern(loop, i);
 }
 
-static void verify(const unsigned char *buffer, size_t len) {
+static void verify(const unsigned char *buffer, size_t len, size_t loop) {
     for (size_t i = 0; i < len; i++)
-        if (buffer[i] != pattern(i))
-            die("wrong byte at offset %zu: %u, not %u", i, buffer[i], pattern(i));
+        if (buffer[i] != pattern(loop, i))
+            die("loop %zu: wrong byte at offset %zu: %u, not %u", loop, i, buffer[i],
+                pattern(loop, i));
+}
+
+static void *allocate(size_t count, size_t size) {
+    void *memory = calloc(count, size);
+    if (!memory)
+        die("out of memory");
+    return memory;
 }
 
 /* ---- target */
@@ -386,24 +423,31 @@ static void run_target(int fd, pid_t parent) {
 
     /* On an emulated EFA device the other side is another host. */
     setenv("SOFTEFA_HOST", "1", 1);
-    struct side s = {0};
-    open_side(&s, true);
-    if (opt.read)
-        fill(s.buffer, opt.buffer);
-    struct hello initiator = exchange(fd, &s);
-    insert(&s, &initiator);
+    struct side *sides = allocate(opt.loops, sizeof(*sides));
+    for (size_t i = 0; i < opt.loops; i++) {
+        open_side(&sides[i], opt.devices[i], true);
+        if (opt.read)
+            fill(sides[i].buffer, opt.buffer, i);
+        struct hello initiator = exchange(fd, &sides[i]);
+        insert(&sides[i], &initiator);
+    }
 
     uint64_t word;
-    get_polling(fd, &word, sizeof(word), &s); /* the warm-up is over */
+    get_polling(fd, &word, sizeof(word), sides); /* the warm-up is over */
     double cpu = cpu_seconds();
-    get_polling(fd, &word, sizeof(word), &s); /* the measurement is over; bytes to verify */
+    uint64_t *touched = allocate(opt.loops, sizeof(*touched));
+    get_polling(fd, touched, opt.loops * sizeof(*touched), sides); /* the measurement is over */
     cpu = cpu_seconds() - cpu;
     if (!opt.read)
-        verify(s.buffer, word);
+        for (size_t i = 0; i < opt.loops; i++)
+            verify(sides[i].buffer, touched[i], i);
     put(fd, &cpu, sizeof(cpu));
     /* The initiator closes first, and may need our progress for that. */
-    get_polling(fd, &word, sizeof(word), &s);
-    close_side(&s);
+    get_polling(fd, &word, sizeof(word), sides);
+    for (size_t i = 0; i < opt.loops; i++)
+        close_side(&sides[i]);
+    free(touched);
+    free(sides);
 }
 
 /* ---- initiator */
@@ -414,36 +458,43 @@ struct slot {
 };
 
 struct loop {
-    struct side *s;
+    /* Two cache lines, which processors fetch together: loops must not slow each other down. */
+    _Alignas(128) struct side side;
     fi_addr_t peer;
     uint64_t key, base;
-    struct slot *free;
+    struct slot *slots, *free;
     size_t in_flight;
     uint64_t offset;
+    uint64_t done;
+    pthread_t thread;
 };
 
-static void reap(struct loop *l, uint64_t *done) {
-    if (child_ended)
+static pthread_barrier_t begin;
+static double end; /* of the measured time; set before the barrier opens */
+
+static void reap(struct loop *l) {
+    if (child_ended || failed)
         die("the target ended early");
     struct fi_cq_entry entries[16];
-    size_t n = poll_cq(l->s, entries, 16);
+    size_t n = poll_cq(&l->side, entries, 16);
     for (size_t i = 0; i < n; i++) {
         struct slot *slot = entries[i].op_context;
         slot->next = l->free;
         l->free = slot;
     }
     l->in_flight -= n;
-    *done += n;
+    l->done += n;
 }
 
 static bool post(struct loop *l) {
     struct slot *slot = l->free;
-    unsigned char *local = l->s->buffer + l->offset;
+    struct side *s = &l->side;
+    unsigned char *local = s->buffer + l->offset;
     uint64_t remote = l->base + l->offset;
-    ssize_t ret = opt.read ? fi_read(l->s->ep, local, opt.size, l->s->desc, l->peer, remote,
-                                     l->key, &slot->context)
-                           : fi_write(l->s->ep, local, opt.size, l->s->desc, l->peer, remote,
-                                      l->key, &slot->context);
+    ssize_t ret = opt.read ? fi_read(s->ep, local, opt.size, s->desc, l->peer, remote, l->key,
+                                     &slot->context)
+                           : fi_write(s->ep, local, opt.size, s->desc, l->peer, remote, l->key,
+                                      &slot->context);
     if (ret == -FI_EAGAIN)
         return false;
     check(ret, opt.read ? "fi_read" : "fi_write");
@@ -455,93 +506,142 @@ static bool post(struct loop *l) {
     return true;
 }
 
-static void drain(struct loop *l, uint64_t *done) {
+static void drain(struct loop *l) {
     while (l->in_flight)
-        reap(l, done);
+        reap(l);
+}
+
+/* Connections and first-use costs are not what is measured: first one operation, then one window
+ * of them. */
+static void warm_up(struct loop *l) {
+    l->slots = allocate(opt.window, sizeof(*l->slots));
+    for (size_t i = 0; i < opt.window; i++) {
+        l->slots[i].next = l->free;
+        l->free = &l->slots[i];
+    }
+    while (!post(l))
+        reap(l);
+    drain(l);
+    while (l->done < opt.window + 1) {
+        if (!l->free || !post(l))
+            reap(l);
+    }
+    drain(l);
+}
+
+static void *run_loop(void *loop) {
+    struct loop *l = loop;
+    pthread_barrier_wait(&begin);
+    do {
+        while (l->free && post(l))
+            ;
+        reap(l);
+    } while (now() < end);
+    drain(l);
+    return NULL;
+}
+
+static void report(const struct loop *loops, const uint64_t *operations, double seconds, double cpu,
+                   double target_cpu, uint64_t verified) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < opt.loops; i++)
+        sum += operations[i];
+    double ops = (double)sum / seconds, bytes = ops * (double)opt.size;
+    uint32_t version = fi_version();
+    const char *provider = loops[0].side.info->fabric_attr->prov_name;
+    if (opt.json) {
+        printf("{\"provider\": \"%s\", \"libfabric\": \"%u.%u\", \"operation\": \"%s\", "
+               "\"block_size\": %zu, \"window\": %zu, \"buffer\": %zu, \"complete\": \"%s\", "
+               "\"seconds\": %.6f, \"ops\": %" PRIu64 ", \"ops_per_s\": %.3f, "
+               "\"bytes_per_s\": %.3f, \"initiator_cpu_s\": %.6f, \"target_cpu_s\": %.6f, "
+               "\"verified_bytes\": %" PRIu64 ", \"loops\": [",
+               provider, FI_MAJOR(version), FI_MINOR(version), opt.read ? "read" : "write",
+               opt.size, opt.window, opt.buffer, opt.delivery ? "delivery" : "transmit", seconds,
+               sum, ops, bytes, cpu, target_cpu, verified);
+        for (size_t i = 0; i < opt.loops; i++)
+            printf("%s{\"domain\": \"%s\", \"ops\": %" PRIu64 "}", i ? ", " : "",
+                   loops[i].side.info->domain_attr->name, operations[i]);
+        printf("]}\n");
+    } else {
+        printf("%s on ", provider);
+        for (size_t i = 0; i < opt.loops; i++)
+            printf("%s%s", i ? "," : "", loops[i].side.info->domain_attr->name);
+        printf(": %s of %zu bytes, window %zu: %.0f op/s, %.3f GB/s; CPU %.2f s of initiator, "
+               "%.2f s of target in %.2f s; %" PRIu64 " bytes verified\n",
+               opt.read ? "read" : "write", opt.size, opt.window, ops, bytes * 1e-9, cpu,
+               target_cpu, seconds, verified);
+    }
+    fflush(stdout);
 }
 
 static void run_initiator(int fd) {
     role = "initiator";
-    struct side s = {0};
-    open_side(&s, false);
-    if (!opt.read)
-        fill(s.buffer, opt.buffer);
-    struct hello target = exchange(fd, &s);
-    struct loop l = {
-        .s = &s, .peer = insert(&s, &target), .key = target.key, .base = target.base};
-    struct slot *slots = calloc(opt.window, sizeof(*slots));
-    if (!slots)
+    struct loop *loops = aligned_alloc(_Alignof(struct loop), opt.loops * sizeof(*loops));
+    if (!loops)
         die("out of memory");
-    for (size_t i = 0; i < opt.window; i++) {
-        slots[i].next = l.free;
-        l.free = &slots[i];
+    memset(loops, 0, opt.loops * sizeof(*loops));
+    for (size_t i = 0; i < opt.loops; i++) {
+        struct loop *l = &loops[i];
+        open_side(&l->side, opt.devices[i], false);
+        if (!opt.read)
+            fill(l->side.buffer, opt.buffer, i);
+        struct hello target = exchange(fd, &l->side);
+        l->peer = insert(&l->side, &target);
+        l->key = target.key;
+        l->base = target.base;
+    }
+    uint64_t *operations = allocate(opt.loops, sizeof(*operations));
+    uint64_t *touched = allocate(opt.loops, sizeof(*touched));
+    for (size_t i = 0; i < opt.loops; i++) {
+        warm_up(&loops[i]);
+        operations[i] = loops[i].done;
     }
 
-    /* Connections and first-use costs are not what is measured: first one operation, then one
-     * window of them. */
-    uint64_t done = 0;
-    while (!post(&l))
-        reap(&l, &done);
-    drain(&l, &done);
-    while (done < opt.window + 1) {
-        if (!l.free || !post(&l))
-            reap(&l, &done);
+    pthread_barrier_init(&begin, NULL, (unsigned)opt.loops + 1);
+    for (size_t i = 0; i < opt.loops; i++) {
+        int error = pthread_create(&loops[i].thread, NULL, run_loop, &loops[i]);
+        if (error)
+            die("pthread_create: %s", strerror(error));
     }
-    drain(&l, &done);
     uint64_t word = 0;
-    uint64_t warm = done;
-    if (opt.gate) {
-        puts("ready");
-        fflush(stdout);
-        if (getchar() == EOF)
-            die("--gate: standard input ended");
-    }
     put(fd, &word, sizeof(word));
-
-    done = 0;
-    double cpu = cpu_seconds(), start = now(), end = start + opt.duration;
-    do {
-        while (l.free && post(&l))
-            ;
-        reap(&l, &done);
-    } while (now() < end);
-    drain(&l, &done);
+    double cpu = cpu_seconds(), start = now();
+    end = start + opt.duration;
+    pthread_barrier_wait(&begin);
+    for (size_t i = 0; i < opt.loops; i++)
+        pthread_join(loops[i].thread, NULL);
+    if (failed)
+        exit(1);
     double seconds = now() - start;
     cpu = cpu_seconds() - cpu;
 
-    uint64_t moved = (done + warm) * opt.size;
-    uint64_t touched = moved < opt.buffer ? moved : opt.buffer;
+    uint64_t verified = 0;
+    for (size_t i = 0; i < opt.loops; i++) {
+        uint64_t moved = loops[i].done * opt.size;
+        touched[i] = moved < opt.buffer ? moved : opt.buffer;
+        verified += touched[i];
+        operations[i] = loops[i].done - operations[i];
+    }
     double target_cpu;
-    put(fd, &touched, sizeof(touched));
+    put(fd, touched, opt.loops * sizeof(*touched));
     get(fd, &target_cpu, sizeof(target_cpu));
     if (opt.read)
-        verify(s.buffer, touched);
+        for (size_t i = 0; i < opt.loops; i++)
+            verify(loops[i].side.buffer, touched[i], i);
 
-    double ops = (double)done / seconds, bytes = ops * (double)opt.size;
-    uint32_t version = fi_version();
-    if (opt.json)
-        printf("{\"provider\": \"%s\", \"domain\": \"%s\", \"libfabric\": \"%u.%u\", "
-               "\"operation\": \"%s\", \"block_size\": %zu, \"window\": %zu, \"buffer\": %zu, "
-               "\"complete\": \"%s\", \"seconds\": %.6f, \"ops\": %" PRIu64 ", "
-               "\"ops_per_s\": %.3f, \"bytes_per_s\": %.3f, \"initiator_cpu_s\": %.6f, "
-               "\"target_cpu_s\": %.6f, \"verified_bytes\": %" PRIu64 "}\n",
-               s.info->fabric_attr->prov_name, s.info->domain_attr->name, FI_MAJOR(version),
-               FI_MINOR(version), opt.read ? "read" : "write", opt.size, opt.window, opt.buffer,
-               opt.delivery ? "delivery" : "transmit", seconds, done, ops, bytes, cpu, target_cpu,
-               touched);
-    else
-        printf("%s on %s: %s of %zu bytes, window %zu: %.0f op/s, %.3f GB/s; CPU %.2f s of "
-               "initiator, %.2f s of target in %.2f s; %" PRIu64 " bytes verified\n",
-               s.info->fabric_attr->prov_name, s.info->domain_attr->name,
-               opt.read ? "read" : "write", opt.size, opt.window, ops, bytes * 1e-9, cpu,
-               target_cpu, seconds, touched);
-    fflush(stdout);
-    free(slots);
-    close_side(&s);
+    report(loops, operations, seconds, cpu, target_cpu, verified);
+    for (size_t i = 0; i < opt.loops; i++) {
+        free(loops[i].slots);
+        close_side(&loops[i].side);
+    }
+    free(touched);
+    free(operations);
+    free(loops);
     put(fd, &word, sizeof(word));
 }
 
 int main(int argc, char **argv) {
+    main_thread = pthread_self();
     parse(argc, argv);
     int fds[2];
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds) < 0)
