@@ -442,8 +442,8 @@ fn sweep(args: &SweepArgs, json: bool) -> Result<(), String> {
     let blocks = [64 << 10, 128 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20];
     let mut cells = Vec::new();
     for &machine in &args.machine {
-        for threads in [8, 16] {
-            for batch in [128, 256] {
+        for threads in [1, 2, 4, 8, 16] {
+            for batch in [8, 128] {
                 for block in blocks {
                     for round_robin in [false, true] {
                         for slice in slices {
@@ -466,27 +466,47 @@ fn sweep(args: &SweepArgs, json: bool) -> Result<(), String> {
         print_json(&rows);
         return Ok(());
     }
-    let default = |row: &&Row| row.cell.slice == DEFAULT_SLICE && !row.cell.round_robin;
-    for machine in &args.machine {
-        let rows: Vec<&Row> = rows.iter().filter(|row| row.cell.machine == *machine).collect();
-        let best = rows.iter().map(|row| part(row)).fold(0.0, f64::max);
-        let defaults: Vec<&Row> = rows.iter().copied().filter(default).collect();
-        let least = defaults.iter().map(|row| part(row)).fold(f64::INFINITY, f64::min);
-        let worst = rows.iter().min_by(|a, b| part(a).total_cmp(&part(b))).expect("rows");
+    let settings = 2 * slices.len();
+    println!(
+        "Default settings (slice 4M, least loaded NIC) against the best of {settings}, workload by workload"
+    );
+    for rows in rows.chunks(rows.len() / args.machine.len()) {
+        let mut shares: Vec<(f64, &Row, &Row)> = rows
+            .chunks(settings)
+            .map(|workload| {
+                let default = |row: &&Row| row.cell.slice == DEFAULT_SLICE && !row.cell.round_robin;
+                let default = workload.iter().find(default).expect("one of them");
+                let best = workload.iter().max_by(|a, b| part(a).total_cmp(&part(b)));
+                let best = best.expect("several");
+                (part(default) / part(best), default, best)
+            })
+            .collect();
+        shares.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let below = shares.iter().filter(|(share, ..)| *share < WANTED).count();
+        let (least, default, best) = &shares[0];
+        let Cell { machine, block, threads, batch, .. } = &default.cell;
         println!(
-            "{:>8}: best of {} {best:.3}; default settings {least:.3} at least ({} workloads): {:.3} of the best. \
-             Worst settings: {:.3} (block {}, slice {}, {} threads, batch {}{})",
+            "{:>8}: {} workloads, {below} below {WANTED} of the best; the least {least:.3}: block {}, {threads} threads, \
+             batch {batch}, {:.3} of the line; best {:.3} with slice {}{}",
             machine.name,
-            rows.len(),
-            defaults.len(),
-            least / best,
-            part(worst),
-            size(worst.cell.block),
-            size(worst.cell.slice),
-            worst.cell.threads,
-            worst.cell.batch,
-            if worst.cell.round_robin { ", NICs in turn" } else { "" }
+            shares.len(),
+            size(*block),
+            part(default),
+            part(best),
+            size(best.cell.slice),
+            if best.cell.round_robin { ", NICs in turn" } else { "" }
         );
+        for (share, default, best) in shares[1..].iter().take_while(|(share, ..)| *share < WANTED) {
+            let Cell { block, threads, batch, .. } = &default.cell;
+            println!(
+                "          {share:.3}: block {}, {threads} threads, batch {batch}, {:.3} of the line; best {:.3} with slice {}{}",
+                size(*block),
+                part(default),
+                part(best),
+                size(best.cell.slice),
+                if best.cell.round_robin { ", NICs in turn" } else { "" }
+            );
+        }
     }
     Ok(())
 }

@@ -624,7 +624,7 @@ impl<N: Nic> Engine<N> {
         let mut scratch = SCRATCH.take();
         let result = self.submit_with(&mut scratch, batch, requests, now, deadline);
         if result.is_ok() {
-            for rail in self.rails_in_turn() {
+            for rail in self.home_first() {
                 if !scratch.spans[rail.index].is_empty() {
                     self.drive(rail, now);
                 }
@@ -870,7 +870,7 @@ impl<N: Nic> Engine<N> {
     /// Makes progress on the rails that have work.
     pub fn progress(&self, now: u64) -> Progress {
         let mut progress = Progress::default();
-        for rail in self.rails_in_turn().filter(|rail| rail.load() > 0) {
+        for rail in self.home_first().filter(|rail| rail.load() > 0) {
             match self.drive(rail, now) {
                 Some(events) => progress.events += events,
                 None => progress.contended = true,
@@ -880,7 +880,7 @@ impl<N: Nic> Engine<N> {
     }
 
     /// All rails, this thread's own first.
-    fn rails_in_turn(&self) -> impl Iterator<Item = &Rail<N>> {
+    fn home_first(&self) -> impl Iterator<Item = &Rail<N>> {
         let (before, from) = self.rails.split_at(home() % self.rails.len());
         from.iter().chain(before)
     }
