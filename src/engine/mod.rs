@@ -555,12 +555,17 @@ impl<N: Nic> Engine<N> {
         Ok(())
     }
 
-    /// Connects every pair of rail and peer's NIC that transfers could use.
+    /// Connects every pair of rail and peer's NIC that transfers would use now. (All pairs would be their
+    /// product: 256 for 16 NICs on either side, of which 16 are used.)
     pub fn warm_up(&self, id: TargetId) -> Result<(), Refusal> {
         let target = self.target(id)?;
         for rail in 0..self.rails.len() {
-            for nic in 0..target.nics.len() as u16 {
-                self.peer(id, &target, rail, nic)?;
+            for region in target.regions.iter() {
+                self.peer(id, &target, rail, region.key(rail).0)?;
+            }
+            // Nothing is registered there yet: mostly it will be on all NICs.
+            if target.regions.iter().next().is_none() && !target.nics.is_empty() {
+                self.peer(id, &target, rail, (rail % target.nics.len()) as u16)?;
             }
         }
         Ok(())
@@ -714,8 +719,7 @@ impl<N: Nic> Engine<N> {
                             least_loaded(&local.rails, home(), loads)
                         };
                         let remote = target.regions.at(piece.way.remote_region as usize);
-                        // Rails meet the peer's NICs in the same order: neighbours do not crowd on one.
-                        let (nic, key) = remote.keys[rail % remote.keys.len()];
+                        let (nic, key) = remote.key(rail);
                         lane.insert(Lane {
                             way: piece.way,
                             stripe,
@@ -727,7 +731,7 @@ impl<N: Nic> Engine<N> {
                             left: if self.settings.round_robin {
                                 1
                             } else {
-                                plan::SMALLEST_STRIPE.max(level.saturating_sub(loads[rail]))
+                                plan::run(part).max(level.saturating_sub(loads[rail]))
                             },
                         })
                     }

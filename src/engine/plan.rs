@@ -12,10 +12,10 @@ use crate::error::{Code, Error, Result};
 /// Neighbours contiguous on both sides are merged up to this length: long enough that the cost of an
 /// operation no longer matters, short enough that one failure takes few requests with it.
 const MERGE_UP_TO: u64 = 1 << 20;
-/// Pieces are not cut over rails below this, nor do small pieces go to another rail: the cost of one more
-/// operation, doorbell and look at a completion queue outweighs the second NIC (NIXL and aws-ofi-nccl use the
-/// same).
-pub(super) const SMALLEST_STRIPE: u64 = 128 << 10;
+/// Pieces are not cut over rails below this, nor does less of short ones go to another rail: the cost of one
+/// more operation, doorbell and look at a completion queue outweighs the second NIC (NIXL and aws-ofi-nccl use
+/// the same).
+const SMALLEST_STRIPE: u64 = 128 << 10;
 /// So many targets of one submission are looked through; for more that would cost more than hashing.
 const FEW: usize = 16;
 /// Cuts fall on multiples of this.
@@ -236,6 +236,12 @@ pub(super) fn cut(length: u64, stripe: u64) -> u64 {
     }
     let parts = length.div_ceil(stripe);
     length.div_ceil(parts).next_multiple_of(STRIPE_ALIGN)
+}
+
+/// How much at least goes to a rail before another is chosen, if the first piece has `length`: a long one may
+/// be alone.
+pub(super) fn run(length: u64) -> u64 {
+    if length < SMALLEST_STRIPE / 2 { SMALLEST_STRIPE } else { length }
 }
 
 /// Makes a request part of the last group, if it continues that group's only piece on both sides.

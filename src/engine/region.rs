@@ -27,6 +27,14 @@ pub(super) struct RemoteRegion {
     pub keys: Box<[(u16, u64)]>,
 }
 
+impl RemoteRegion {
+    /// The peer's NIC that `rail` uses, and the key there. Rails meet the peer's NICs in the same order, so
+    /// that neighbours do not crowd on one.
+    pub fn key(&self, rail: usize) -> (u16, u64) {
+        self.keys[rail % self.keys.len()]
+    }
+}
+
 /// A range that can be searched for.
 pub(super) trait Range {
     fn start(&self) -> u64;
