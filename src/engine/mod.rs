@@ -690,7 +690,7 @@ impl<N: Nic> Engine<N> {
         spans.resize_with(rails.max(spans.len()), Vec::new);
         spans.iter_mut().for_each(Vec::clear);
         loads.clear();
-        loads.extend(self.rails.iter().map(Rail::load));
+        loads.extend(self.rails.iter().map(|rail| rail.load() / LOAD_COUNTS));
         let (mut lane, mut used) = (None::<Lane>, 0);
         // Bytes that have no rail yet.
         let mut left = plan.bytes;
@@ -975,6 +975,11 @@ impl<N: Nic> Engine<N> {
         }
     }
 }
+
+/// A rail's load counts for one part in so many against what is to be placed: it is what nobody has seen
+/// complete, and much of it may be done. (By `simulation sweep`: in full, the default is 0.80 of the best
+/// setting at worst; with 2, 0.86; with 4, 0.91.)
+const LOAD_COUNTS: u64 = 4;
 
 /// The rail of a run of pieces.
 struct Lane {
