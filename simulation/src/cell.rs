@@ -10,7 +10,7 @@ use mooncake_efa::fabric::{Buffer, Memory};
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use crate::device::{CallCosts, LineNic, remote_nic};
+use crate::device::{CallCosts, Line, LineNic, remote_nic};
 use crate::machine::Machine;
 use crate::network::{Network, Wire};
 use crate::world::World;
@@ -237,11 +237,13 @@ impl Sender {
         let Costs { post, poll, completion, .. } = cell.costs;
         let nic = |index: usize| {
             let nic = LineNic {
-                world: world.clone(),
-                port: host * nics + index,
                 // What the transport leaves of the queues' depth.
                 depth: cell.machine.depth - 1,
-                costs: CallCosts { post, poll, completion },
+                device: Line {
+                    world: world.clone(),
+                    port: host * nics + index,
+                    costs: CallCosts { post, poll, completion },
+                },
             };
             (format!("nic{index}"), nic)
         };

@@ -23,12 +23,59 @@ pub(crate) struct CallCosts {
     pub completion: u64,
 }
 
-/// A NIC on the lines of a [`World`].
-pub(crate) struct LineNic {
-    pub world: Arc<World>,
-    pub port: Port,
+/// A simulated NIC: what all have in common, around what tells them apart.
+pub(crate) struct SimulatedNic<D> {
     pub depth: u32,
-    pub costs: CallCosts,
+    pub device: D,
+}
+
+/// What tells simulated NICs apart.
+pub(crate) trait Device: Send {
+    fn connect(&mut self, address: &[u8]) -> PeerAddress;
+
+    fn post(&mut self, operation: &Operation);
+
+    /// Appends the slots of operations that completed.
+    fn poll(&mut self, completed: &mut Vec<u32>);
+}
+
+impl<D: Device> Nic for SimulatedNic<D> {
+    fn depth(&self) -> u32 {
+        self.depth
+    }
+
+    fn max_length(&self) -> u64 {
+        LONGEST
+    }
+
+    fn virtual_addresses(&self) -> bool {
+        true
+    }
+
+    fn register(&mut self, region: u32, _: &Memory) -> Result<u64> {
+        Ok(u64::from(region) + 1)
+    }
+
+    fn unregister(&mut self, _: u32) -> Result<()> {
+        Ok(())
+    }
+
+    fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
+        Ok(self.device.connect(address))
+    }
+
+    fn post(&mut self, operation: &Operation) -> Post {
+        self.device.post(operation);
+        Post::Done
+    }
+
+    fn poll(&mut self, completed: &mut Vec<u32>, _: &mut Vec<(u32, String)>) {
+        self.device.poll(completed);
+    }
+
+    fn explain(&self, errno: i32) -> String {
+        format!("error {errno}")
+    }
 }
 
 /// A peer's NIC as the engine knows it: its address, which is as long as EFA's, begins with its port.
@@ -43,42 +90,30 @@ fn port(address: &[u8]) -> PeerAddress {
     PeerAddress(u64::from_le_bytes(*port))
 }
 
-impl Nic for LineNic {
-    fn depth(&self) -> u32 {
-        self.depth
+/// On the lines of a [`World`].
+pub(crate) struct Line {
+    pub world: Arc<World>,
+    pub port: Port,
+    pub costs: CallCosts,
+}
+
+pub(crate) type LineNic = SimulatedNic<Line>;
+
+impl Device for Line {
+    fn connect(&mut self, address: &[u8]) -> PeerAddress {
+        port(address)
     }
 
-    fn max_length(&self) -> u64 {
-        LONGEST
-    }
-
-    fn virtual_addresses(&self) -> bool {
-        true
-    }
-
-    fn register(&mut self, region: u32, _: &Memory) -> Result<u64> {
-        Ok(u64::from(region) + 1)
-    }
-
-    fn unregister(&mut self, _: u32) -> Result<()> {
-        Ok(())
-    }
-
-    fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
-        Ok(port(address))
-    }
-
-    fn post(&mut self, operation: &Operation) -> Post {
+    fn post(&mut self, operation: &Operation) {
         let Operation { write, slot, length, peer, .. } = *operation;
         self.world.spend(self.costs.post);
         self.world.turn();
         self.world.network(|network, now| {
             network.post(now, self.port, peer.0 as Port, write, slot, length);
         });
-        Post::Done
     }
 
-    fn poll(&mut self, completed: &mut Vec<u32>, _: &mut Vec<(u32, String)>) {
+    fn poll(&mut self, completed: &mut Vec<u32>) {
         self.world.spend(self.costs.poll);
         self.world.turn();
         let before = completed.len();
@@ -87,71 +122,43 @@ impl Nic for LineNic {
         });
         self.world.spend(self.costs.completion * (completed.len() - before) as u64);
     }
-
-    fn explain(&self, errno: i32) -> String {
-        format!("error {errno}")
-    }
 }
 
-/// A NIC that has completed an operation when it is next polled, or keeps it for ever. Peers are kept
-/// as the real NIC keeps them.
-pub(crate) struct InstantNic {
-    depth: u32,
+/// Has completed an operation when it is next polled, or keeps it for ever. Peers are kept as the real NIC
+/// keeps them.
+pub(crate) struct NoLine {
     /// Operations never complete.
     keeps: bool,
     done: Vec<u32>,
     peers: HashMap<Box<[u8]>, PeerAddress>,
 }
 
+pub(crate) type InstantNic = SimulatedNic<NoLine>;
+
 impl InstantNic {
     pub fn new(depth: u32, keeps: bool) -> Self {
         let done = Vec::with_capacity(if keeps { 0 } else { depth as usize });
-        Self { depth, keeps, done, peers: HashMap::new() }
+        Self { depth, device: NoLine { keeps, done, peers: HashMap::new() } }
     }
 }
 
-impl Nic for InstantNic {
-    fn depth(&self) -> u32 {
-        self.depth
-    }
-
-    fn max_length(&self) -> u64 {
-        LONGEST
-    }
-
-    fn virtual_addresses(&self) -> bool {
-        true
-    }
-
-    fn register(&mut self, region: u32, _: &Memory) -> Result<u64> {
-        Ok(u64::from(region) + 1)
-    }
-
-    fn unregister(&mut self, _: u32) -> Result<()> {
-        Ok(())
-    }
-
-    fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
+impl Device for NoLine {
+    fn connect(&mut self, address: &[u8]) -> PeerAddress {
         if let Some(&peer) = self.peers.get(address) {
-            return Ok(peer);
+            return peer;
         }
         let peer = port(address);
         self.peers.insert(address.into(), peer);
-        Ok(peer)
+        peer
     }
 
-    fn post(&mut self, operation: &Operation) -> Post {
+    fn post(&mut self, operation: &Operation) {
         if !self.keeps {
             self.done.push(operation.slot);
         }
-        Post::Done
     }
 
-    fn poll(&mut self, completed: &mut Vec<u32>, _: &mut Vec<(u32, String)>) {
+    fn poll(&mut self, completed: &mut Vec<u32>) {
         completed.append(&mut self.done);
-    }
-
-    fn explain(&self, errno: i32) -> String {
-        format!("error {errno}")
     }
 }

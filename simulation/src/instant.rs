@@ -26,6 +26,8 @@ pub(crate) struct Instant {
     nics: usize,
     /// Bytes of a region, ours and the peers'.
     ours: u64,
+    /// From one request's place to the next.
+    stride: u64,
 }
 
 /// What the code under measurement needs: no error can happen.
@@ -39,7 +41,20 @@ impl Instant {
         let engine = Engine::new((0..nics).map(nic).collect(), settings, None);
         let buffer = Buffer::new(MEMORY).expect("address space for the registered memory");
         let memory = Memory::from(&buffer);
-        Self { engine, targets: Vec::new(), local: memory.address(), memory, nics, ours: MEMORY }
+        Self {
+            engine,
+            targets: Vec::new(),
+            local: memory.address(),
+            memory,
+            nics,
+            ours: MEMORY,
+            stride: STRIDE,
+        }
+    }
+
+    /// Places are next to each other: requests to neighbouring ones are merged.
+    pub fn with_neighbours(self) -> Self {
+        Self { stride: BLOCK, ..self }
     }
 
     /// Registers the memory as so many regions.
@@ -99,7 +114,7 @@ impl Instant {
     ) -> BatchId {
         let batch = self.engine.allocate_batch(count as u32).expect(SOUND);
         let requests = (0..count).map(|index| {
-            let offset = place(index) % (MEMORY / STRIDE / 2) * STRIDE;
+            let offset = place(index) % (MEMORY / STRIDE / 2) * self.stride;
             Request {
                 write: true,
                 local: self.local + offset,

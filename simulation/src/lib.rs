@@ -4,6 +4,7 @@
 //!   the line rate it reaches. Nothing depends on the speed of the machine that simulates.
 //! - [`growth`]: what a request costs in real CPU time on NICs that complete at once, as the number of
 //!   peers, NICs, threads, regions and requests grows.
+//! - [`request`]: what one costs, for `scripts/check-cost`.
 //! - [`memory`]: bytes of heap a request in flight, and a peer and NIC.
 #![forbid(unsafe_code)]
 
@@ -14,5 +15,6 @@ mod instant;
 pub mod machine;
 pub mod memory;
 mod network;
+pub mod request;
 pub mod units;
 mod world;

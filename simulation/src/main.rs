@@ -10,7 +10,7 @@ use serde::Serialize;
 use simulation::cell::{Cell, Costs, DEFAULT_SLICE, Outcome};
 use simulation::machine::{MACHINES, Machine};
 use simulation::units::{parse_size, size};
-use simulation::{growth, memory};
+use simulation::{growth, memory, request};
 
 /// The engine on simulated NICs: which part of a big machine's line rate it reaches, how the cost of a
 /// request grows, and what it keeps in memory.
@@ -32,6 +32,7 @@ Examples:
   simulation cores                                              from which block size 1, 4, 16 cores fill the line
   simulation sweep --machine p5                                 default settings against the best of a sweep
   simulation growth                                             what a request costs as things become many
+  simulation request                                            what a request costs, on 1, 2, 16 NICs, and merged
   simulation memory                                             bytes a request in flight, and a peer and NIC
 
 cell, grid, cores and sweep run in virtual time: their figures are the same on every machine. What the
@@ -51,6 +52,8 @@ enum Command {
     /// CPU time of a request on NICs that complete at once, as peers, NICs, threads, requests and
     /// regions become many
     Growth(growth::Args),
+    /// Time of a request on NICs that complete at once; scripts/check-cost counts its instructions
+    Request(request::Args),
     /// Bytes of heap a request in flight, and a peer and NIC
     Memory,
 }
@@ -254,6 +257,17 @@ fn simulate(cells: Vec<Cell>) -> Vec<Row> {
     cells.into_iter().zip(outcomes).map(row).collect()
 }
 
+/// Each cell with each of the values, which `set` puts into it: the next value after all cells' last.
+fn vary<T: Copy>(cells: Vec<Cell>, values: &[T], set: impl Fn(&mut Cell, T)) -> Vec<Cell> {
+    let with = |cell: Cell, value: T| {
+        let mut cell = cell;
+        set(&mut cell, value);
+        cell
+    };
+    let each = |cell: Cell| values.iter().map(move |&value| (cell.clone(), value));
+    cells.into_iter().flat_map(each).map(|(cell, value)| with(cell, value)).collect()
+}
+
 fn part(row: &Row) -> f64 {
     row.outcome.as_ref().map_or(0.0, |outcome| outcome.line_part)
 }
@@ -296,30 +310,15 @@ fn cell(args: &CellArgs, json: bool) -> Result<(), String> {
 }
 
 fn grid(args: &GridArgs, json: bool) -> Result<(), String> {
-    let mut cells = Vec::new();
-    for &machine in &args.machine {
-        for &peers in &args.peers {
-            for &operation in &args.operation {
-                for &slice in &args.slice {
-                    for &batch in &args.batch {
-                        for &block in &args.block {
-                            for &threads in &args.threads {
-                                cells.push(Cell {
-                                    peers,
-                                    write: operation == Operation::Write,
-                                    block,
-                                    threads,
-                                    batch,
-                                    slice,
-                                    ..args.common.cell(machine)
-                                });
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
+    let cells: Vec<Cell> = args.machine.iter().map(|&machine| args.common.cell(machine)).collect();
+    let cells = vary(cells, &args.peers, |cell, peers| cell.peers = peers);
+    let cells = vary(cells, &args.operation, |cell, operation| {
+        cell.write = operation == Operation::Write;
+    });
+    let cells = vary(cells, &args.slice, |cell, slice| cell.slice = slice);
+    let cells = vary(cells, &args.batch, |cell, batch| cell.batch = batch);
+    let cells = vary(cells, &args.block, |cell, block| cell.block = block);
+    let cells = vary(cells, &args.threads, |cell, threads| cell.threads = threads);
     let rows = simulate(cells);
     if json {
         print_json(&rows);
@@ -388,26 +387,14 @@ fn grid(args: &GridArgs, json: bool) -> Result<(), String> {
 
 fn cores(args: &CoresArgs, json: bool) -> Result<(), String> {
     let blocks: Vec<u64> = (12..=26).map(|shift| 1 << shift).collect();
-    let mut cells = Vec::new();
-    for &machine in &args.machine {
-        for &count in &args.count {
-            for (ahead, neighbours) in
-                [(args.common.ahead, args.common.neighbours), (4, false), (4, true)]
-            {
-                for &block in &blocks {
-                    cells.push(Cell {
-                        block,
-                        threads: count,
-                        cores: count,
-                        batch: args.batch,
-                        ahead: ahead as usize,
-                        neighbours,
-                        ..args.common.cell(machine)
-                    });
-                }
-            }
-        }
-    }
+    let under_way = [(args.common.ahead as usize, args.common.neighbours), (4, false), (4, true)];
+    let cell = |&machine| Cell { batch: args.batch, ..args.common.cell(machine) };
+    let cells: Vec<Cell> = args.machine.iter().map(cell).collect();
+    let cells = vary(cells, &args.count, |cell, count| (cell.threads, cell.cores) = (count, count));
+    let cells = vary(cells, &under_way, |cell, under_way| {
+        (cell.ahead, cell.neighbours) = under_way;
+    });
+    let cells = vary(cells, &blocks, |cell, block| cell.block = block);
     let rows = simulate(cells);
     if json {
         print_json(&rows);
@@ -440,27 +427,12 @@ fn cores(args: &CoresArgs, json: bool) -> Result<(), String> {
 fn sweep(args: &SweepArgs, json: bool) -> Result<(), String> {
     let slices = [64 << 10, 128 << 10, 256 << 10, 1 << 20, DEFAULT_SLICE];
     let blocks = [64 << 10, 128 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20];
-    let mut cells = Vec::new();
-    for &machine in &args.machine {
-        for threads in [1, 2, 4, 8, 16] {
-            for batch in [8, 128] {
-                for block in blocks {
-                    for round_robin in [false, true] {
-                        for slice in slices {
-                            cells.push(Cell {
-                                block,
-                                threads,
-                                batch,
-                                slice,
-                                round_robin,
-                                ..args.common.cell(machine)
-                            });
-                        }
-                    }
-                }
-            }
-        }
-    }
+    let cells: Vec<Cell> = args.machine.iter().map(|&machine| args.common.cell(machine)).collect();
+    let cells = vary(cells, &[1, 2, 4, 8, 16], |cell, threads| cell.threads = threads);
+    let cells = vary(cells, &[8, 128], |cell, batch| cell.batch = batch);
+    let cells = vary(cells, &blocks, |cell, block| cell.block = block);
+    let cells = vary(cells, &[false, true], |cell, in_turn| cell.round_robin = in_turn);
+    let cells = vary(cells, &slices, |cell, slice| cell.slice = slice);
     let rows = simulate(cells);
     if json {
         print_json(&rows);
@@ -519,6 +491,7 @@ fn main() -> ExitCode {
         Command::Cores(args) => cores(args, cli.json),
         Command::Sweep(args) => sweep(args, cli.json),
         Command::Growth(args) => growth::run(args, cli.json),
+        Command::Request(args) => request::run(args, cli.json),
         Command::Memory => {
             memory::run(cli.json);
             Ok(())
