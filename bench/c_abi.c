@@ -43,15 +43,11 @@ static _Noreturn void die(const char *format, ...) {
     exit(1);
 }
 
+#include "common.h"
+
 static void check(int code, const char *what) {
     if (code != MEFA_CODE_OK)
         die("%s: %s (%d)", what, mefa_last_error(), code);
-}
-
-static double seconds_of(clockid_t clock) {
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
 /* ---- options */
@@ -77,15 +73,6 @@ static void usage(int status) {
     exit(status);
 }
 
-static uint64_t number(const char *text, const char *name, uint64_t most) {
-    char *end;
-    errno = 0;
-    unsigned long long value = strtoull(text, &end, 0);
-    if (errno || end == text || *end || text[0] == '-' || value == 0 || value > most)
-        die("--%s: '%s' is not a number from 1 to %" PRIu64, name, text, most);
-    return value;
-}
-
 static void parse(int argc, char **argv) {
     static const struct option names[] = {
         {"provider", required_argument, NULL, 'p'}, {"op", required_argument, NULL, 'o'},
@@ -98,11 +85,7 @@ static void parse(int argc, char **argv) {
     while ((c = getopt_long(argc, argv, "h", names, NULL)) != -1) {
         switch (c) {
         case 'p': opt.provider = optarg; break;
-        case 'o':
-            if (strcmp(optarg, "read") && strcmp(optarg, "write"))
-                die("--op: write or read");
-            opt.read = !strcmp(optarg, "read");
-            break;
+        case 'o': opt.read = is_read(optarg); break;
         case 's': opt.size = number(optarg, "size", UINT64_C(1) << 32); break;
         case 'b': opt.batch = number(optarg, "batch", 1 << 20); break;
         case 't': opt.threads = number(optarg, "threads", 4096); break;
@@ -133,22 +116,11 @@ static unsigned char *map_memory(void) {
     return memory;
 }
 
-static unsigned char pattern(uint64_t offset) {
-    uint64_t x = (offset >> 3) * UINT64_C(0x9e3779b97f4a7c15);
-    return (unsigned char)(x >> (8 * (offset & 7)));
-}
-
-static void verify(const unsigned char *memory, uint64_t length) {
-    for (uint64_t i = 0; i < length; i++)
-        if (memory[i] != pattern(i))
-            die("wrong byte at offset %" PRIu64 ": %u, not %u", i, memory[i], pattern(i));
-}
-
 /* The source of the transfers holds the pattern, the destination other bytes: memory that was never
  * written is one page of zeros, which is read at a cache's speed. */
 static void fill(unsigned char *memory, bool source) {
     for (uint64_t i = 0; i < touched(); i++)
-        memory[i] = source ? pattern(i) : (unsigned char)~pattern(i);
+        memory[i] = source ? pattern(0, i) : (unsigned char)~pattern(0, i);
 }
 
 static mefa_transport install(const char *name) {
@@ -156,16 +128,6 @@ static mefa_transport install(const char *name) {
     mefa_transport transport;
     check(mefa_install(&config, &transport), "mefa_install");
     return transport;
-}
-
-static void put(int fd, const void *data, size_t length) {
-    if (send(fd, data, length, MSG_NOSIGNAL) != (ssize_t)length)
-        die("the other side is gone");
-}
-
-static void get(int fd, void *data, size_t length) {
-    if (recv(fd, data, length, MSG_WAITALL) != (ssize_t)length)
-        die("the other side is gone");
 }
 
 /* ---- target */
@@ -196,7 +158,7 @@ static void run_target(int fd) {
         put(fd, &cpu, sizeof cpu);
     }
     if (!opt.read)
-        verify(memory, touched());
+        verify(memory, touched(), 0);
     put(fd, &word, 1);
     get(fd, &word, 1);
     check(mefa_uninstall(transport), "mefa_uninstall");
@@ -305,7 +267,7 @@ static void run_initiator(int fd) {
     char word;
     get(fd, &word, 1); /* the target has looked at what was written */
     if (opt.read)
-        verify(memory, touched());
+        verify(memory, touched(), 0);
 
     double ops = (double)done / seconds, bytes = ops * (double)opt.size;
     const char *operation = opt.read ? "read" : "write";

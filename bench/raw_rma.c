@@ -26,7 +26,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -59,6 +58,8 @@ static _Noreturn void die(const char *format, ...) {
     exit(1);
 }
 
+#include "common.h"
+
 /* For calls that return 0 or a negative libfabric error. */
 static void check(ssize_t ret, const char *what) {
     if (ret < 0)
@@ -80,19 +81,6 @@ static volatile sig_atomic_t child_ended;
 static void on_child(int signal) {
     (void)signal;
     child_ended = 1;
-}
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-static double cpu_seconds(void) {
-    struct rusage u;
-    getrusage(RUSAGE_SELF, &u);
-    return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) +
-           (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) * 1e-6;
 }
 
 /* ---- options */
@@ -134,15 +122,6 @@ static void usage(int status) {
     exit(status);
 }
 
-static size_t number(const char *text, const char *name) {
-    char *end;
-    errno = 0;
-    unsigned long long value = strtoull(text, &end, 0);
-    if (errno || end == text || *end || text[0] == '-' || value == 0)
-        die("--%s: '%s' is not a positive number", name, text);
-    return (size_t)value;
-}
-
 static void parse_devices(char *names) {
     opt.devices = NULL;
     opt.loops = 0;
@@ -169,19 +148,15 @@ static void parse(int argc, char **argv) {
     while ((c = getopt_long(argc, argv, "h", names, NULL)) != -1) {
         switch (c) {
         case 'p': opt.provider = optarg; break;
-        case 'o':
-            if (strcmp(optarg, "read") && strcmp(optarg, "write"))
-                die("--op: write or read");
-            opt.read = !strcmp(optarg, "read");
-            break;
-        case 's': opt.size = number(optarg, "size"); break;
-        case 'w': opt.window = number(optarg, "window"); break;
+        case 'o': opt.read = is_read(optarg); break;
+        case 's': opt.size = number(optarg, "size", SIZE_MAX); break;
+        case 'w': opt.window = number(optarg, "window", SIZE_MAX); break;
         case 'd':
             opt.duration = strtod(optarg, NULL);
             if (!(opt.duration > 0 && opt.duration <= 3600))
                 die("--duration: seconds, more than 0, at most 3600");
             break;
-        case 'b': opt.buffer = number(optarg, "buffer"); break;
+        case 'b': opt.buffer = number(optarg, "buffer", SIZE_MAX); break;
         case 'D': parse_devices(optarg); break;
         case 'c':
             if (strcmp(optarg, "delivery") && strcmp(optarg, "transmit"))
@@ -338,16 +313,6 @@ static size_t poll_cq(struct side *s, struct fi_cq_entry *entries, size_t count)
 
 /* ---- the conversation over the socket pair */
 
-static void put(int fd, const void *data, size_t len) {
-    if (send(fd, data, len, MSG_NOSIGNAL) != (ssize_t)len)
-        die("the other side is gone");
-}
-
-static void get(int fd, void *data, size_t len) {
-    if (recv(fd, data, len, MSG_WAITALL) != (ssize_t)len)
-        die("the other side is gone");
-}
-
 /* Like get, but keeps the provider going: one that makes progress only when asked would otherwise
  * leave the other side waiting. */
 static void get_polling(int fd, void *data, size_t len, struct side *sides) {
@@ -388,22 +353,9 @@ static fi_addr_t insert(struct side *s, const struct hello *other) {
 
 /* ---- what the memory must hold afterwards */
 
-/* Each loop's differs, so that an operation between the wrong buffers is seen. */
-static unsigned char pattern(size_t loop, size_t offset) {
-    uint64_t x = (((uint64_t)loop << 40) + (offset >> 3) + 1) * UINT64_C(0x9e3779b97f4a7c15);
-    return (unsigned char)(x >> (8 * (offset & 7)));
-}
-
 static void fill(unsigned char *buffer, size_t len, size_t loop) {
     for (size_t i = 0; i < len; i++)
         buffer[i] = pattern(loop, i);
-}
-
-static void verify(const unsigned char *buffer, size_t len, size_t loop) {
-    for (size_t i = 0; i < len; i++)
-        if (buffer[i] != pattern(loop, i))
-            die("loop %zu: wrong byte at offset %zu: %u, not %u", loop, i, buffer[i],
-                pattern(loop, i));
 }
 
 static void *allocate(size_t count, size_t size) {
@@ -434,10 +386,10 @@ static void run_target(int fd, pid_t parent) {
 
     uint64_t word;
     get_polling(fd, &word, sizeof(word), sides); /* the warm-up is over */
-    double cpu = cpu_seconds();
+    double cpu = seconds_of(CLOCK_PROCESS_CPUTIME_ID);
     uint64_t *touched = allocate(opt.loops, sizeof(*touched));
     get_polling(fd, touched, opt.loops * sizeof(*touched), sides); /* the measurement is over */
-    cpu = cpu_seconds() - cpu;
+    cpu = seconds_of(CLOCK_PROCESS_CPUTIME_ID) - cpu;
     if (!opt.read)
         for (size_t i = 0; i < opt.loops; i++)
             verify(sides[i].buffer, touched[i], i);
@@ -536,7 +488,7 @@ static void *run_loop(void *loop) {
         while (l->free && post(l))
             ;
         reap(l);
-    } while (now() < end);
+    } while (seconds_of(CLOCK_MONOTONIC) < end);
     drain(l);
     return NULL;
 }
@@ -605,15 +557,15 @@ static void run_initiator(int fd) {
     }
     uint64_t word = 0;
     put(fd, &word, sizeof(word));
-    double cpu = cpu_seconds(), start = now();
+    double cpu = seconds_of(CLOCK_PROCESS_CPUTIME_ID), start = seconds_of(CLOCK_MONOTONIC);
     end = start + opt.duration;
     pthread_barrier_wait(&begin);
     for (size_t i = 0; i < opt.loops; i++)
         pthread_join(loops[i].thread, NULL);
     if (failed)
         exit(1);
-    double seconds = now() - start;
-    cpu = cpu_seconds() - cpu;
+    double seconds = seconds_of(CLOCK_MONOTONIC) - start;
+    cpu = seconds_of(CLOCK_PROCESS_CPUTIME_ID) - cpu;
 
     uint64_t verified = 0;
     for (size_t i = 0; i < opt.loops; i++) {
