@@ -674,8 +674,7 @@ impl Shared {
                 names.collect::<Vec<_>>().join(", ")
             );
         }
-        // A part may touch one page more at its end.
-        let part = pages.div_ceil(place.shares) + u64::from(place.shares > 1);
+        let part = pages::part(pages, place.shares);
         place.rails.iter().for_each(|&rail| tables.take(usize::from(rail), part));
         Ok(place)
     }

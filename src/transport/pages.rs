@@ -32,8 +32,7 @@ impl Tables {
     /// [`Code::Memory`] if there is none.
     pub fn place(&self, pages: u64, rails: &[u16]) -> Result<Place> {
         for shares in 1..=rails.len().max(1) as u64 {
-            // A part may touch one page more at its end.
-            let part = pages.div_ceil(shares) + u64::from(shares > 1);
+            let part = part(pages, shares);
             let room = |rail: &u16| self.0[usize::from(*rail)] >= part;
             let rails: Vec<u16> = rails.iter().copied().filter(room).collect();
             if rails.len() as u64 >= shares && !rails.is_empty() {
@@ -60,6 +59,11 @@ impl Tables {
     pub fn give_back(&mut self, rail: usize, pages: u64) {
         self.0[rail] += pages;
     }
+}
+
+/// Pages of each of so many parts of memory, which may touch one page more at its end.
+pub(super) fn part(pages: u64, shares: u64) -> u64 {
+    pages.div_ceil(shares) + u64::from(shares > 1)
 }
 
 /// Pages of `page` bytes that a range touches.
