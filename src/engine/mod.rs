@@ -31,7 +31,7 @@ use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
 use failure::FailureLog;
 pub use nic::{Nic, Operation, PeerAddress, Post};
-use plan::{Plan, Way};
+use plan::Plan;
 pub use rail::RailCounters;
 use rail::{Outcome, Rail, STUCK, Shared, Span};
 use region::{LocalRegion, Number, RangeMap};
@@ -690,8 +690,8 @@ impl<N: Nic> Engine<N> {
         spans.resize_with(rails.max(spans.len()), Vec::new);
         spans.iter_mut().for_each(Vec::clear);
         loads.clear();
-        loads.extend(self.rails.iter().map(|rail| rail.load() / LOAD_COUNTS));
-        let (mut lane, mut used) = (None::<Lane>, 0);
+        loads.extend(self.rails.iter().map(|rail| rail.load() / plan::LOAD_COUNTS));
+        let (mut lane, mut used) = (None::<plan::Lane>, 0);
         // Bytes that have no rail yet.
         let mut left = plan.bytes;
         for piece in &plan.pieces {
@@ -704,7 +704,7 @@ impl<N: Nic> Engine<N> {
                 Some(lane) if lane.way.local_region == piece.way.local_region => {
                     (lane.stripe, lane.level)
                 }
-                _ => (plan.stripe(local.rails.len()), level(&local.rails, loads, left)),
+                _ => (plan.stripe(local.rails.len()), plan::level(&local.rails, loads, left)),
             };
             let part = plan::cut(piece.length, stripe);
             let mut done = 0;
@@ -716,11 +716,11 @@ impl<N: Nic> Engine<N> {
                         let rail = if self.settings.round_robin {
                             self.next_rail(local)
                         } else {
-                            least_loaded(&local.rails, home(), loads)
+                            plan::least_loaded(&local.rails, home(), loads)
                         };
                         let remote = target.regions.at(piece.way.remote_region as usize);
                         let (nic, key) = remote.key(rail);
-                        lane.insert(Lane {
+                        lane.insert(plan::Lane {
                             way: piece.way,
                             stripe,
                             level,
@@ -976,27 +976,6 @@ impl<N: Nic> Engine<N> {
     }
 }
 
-/// A rail's load counts for one part in so many against what is to be placed: it is what nobody has seen
-/// complete, and much of it may be done. (By `simulation sweep`: in full, the default is 0.80 of the best
-/// setting at worst; with 2, 0.86; with 4, 0.91.)
-const LOAD_COUNTS: u64 = 4;
-
-/// The rail of a run of pieces.
-struct Lane {
-    way: Way,
-    /// How long a piece may be on one rail.
-    stripe: u64,
-    /// See [`level`].
-    level: u64,
-    rail: usize,
-    peer: PeerAddress,
-    key: u64,
-    /// What remote addresses are relative to.
-    base: u64,
-    /// Bytes until another rail is chosen.
-    left: u64,
-}
-
 thread_local! {
     static HOME: Cell<usize> = {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
@@ -1014,19 +993,6 @@ fn home() -> usize {
 /// for one that is several in turn, as with coroutines.
 pub fn set_home(rail: usize) {
     HOME.set(rail);
-}
-
-/// What each of these rails will have to do when `bytes` more are spread evenly.
-fn level(rails: &[u16], loads: &[u64], bytes: u64) -> u64 {
-    let now: u64 = rails.iter().map(|&rail| loads[usize::from(rail)]).sum();
-    (now + bytes).div_ceil(rails.len() as u64)
-}
-
-/// The rail with the least to do; of equals, the first from `home` on.
-fn least_loaded(rails: &[u16], home: usize, loads: &[u64]) -> usize {
-    let (before, from) = rails.split_at(home % rails.len());
-    let rails = from.iter().chain(before).map(|&rail| usize::from(rail));
-    rails.min_by_key(|&rail| loads[rail]).expect("a region has rails")
 }
 
 /// A batch that somebody waits for. It is not recycled while this exists.
