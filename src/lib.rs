@@ -10,6 +10,7 @@ pub mod config;
 pub mod engine;
 pub mod error;
 pub mod fabric;
+pub mod fault;
 mod hmem;
 pub mod nic;
 pub mod segment;

@@ -252,6 +252,8 @@ impl Sender {
             merge: true,
             round_robin: cell.round_robin,
             registering: 1,
+            tries: 9,
+            keep_peers: 8192,
         };
         let engine = Engine::new((0..nics).map(nic).collect(), settings, None);
         let rails: Vec<u16> = (0..nics as u16).collect();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mooncake_efa::Result;
 use mooncake_efa::engine::{Nic, Operation, PeerAddress, Post, RemoteNic};
 use mooncake_efa::fabric::Memory;
+use mooncake_efa::fault::Fault;
 
 use crate::network::Port;
 use crate::world::World;
@@ -32,6 +33,8 @@ pub(crate) struct SimulatedNic<D> {
 /// What tells simulated NICs apart.
 pub(crate) trait Device: Send {
     fn connect(&mut self, address: &[u8]) -> PeerAddress;
+
+    fn disconnect(&mut self, _: PeerAddress) {}
 
     fn post(&mut self, operation: &Operation);
 
@@ -64,17 +67,22 @@ impl<D: Device> Nic for SimulatedNic<D> {
         Ok(self.device.connect(address))
     }
 
+    fn disconnect(&mut self, peer: PeerAddress) -> Result<()> {
+        self.device.disconnect(peer);
+        Ok(())
+    }
+
     fn post(&mut self, operation: &Operation) -> Post {
         self.device.post(operation);
         Post::Done
     }
 
-    fn poll(&mut self, completed: &mut Vec<u32>, _: &mut Vec<(u32, String)>) {
+    fn poll(&mut self, completed: &mut Vec<u32>, _: &mut Vec<(u32, Fault)>) {
         self.device.poll(completed);
     }
 
-    fn explain(&self, errno: i32) -> String {
-        format!("error {errno}")
+    fn explain(&self, errno: i32) -> Fault {
+        Fault::new(errno, None, "simulated")
     }
 }
 
@@ -150,6 +158,10 @@ impl Device for NoLine {
         let peer = port(address);
         self.peers.insert(address.into(), peer);
         peer
+    }
+
+    fn disconnect(&mut self, peer: PeerAddress) {
+        self.peers.retain(|_, known| *known != peer);
     }
 
     fn post(&mut self, operation: &Operation) {

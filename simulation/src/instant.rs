@@ -37,7 +37,14 @@ impl Instant {
     /// An engine with memory registered as one region, and no peer.
     pub fn new(nics: usize, depth: u32, keeps: bool) -> Self {
         let nic = |index: usize| (format!("nic{index}"), InstantNic::new(depth, keeps));
-        let settings = Settings { slice: 4 << 20, merge: true, round_robin: false, registering: 1 };
+        let settings = Settings {
+            slice: 4 << 20,
+            merge: true,
+            round_robin: false,
+            registering: 1,
+            tries: 9,
+            keep_peers: 8192,
+        };
         let engine = Engine::new((0..nics).map(nic).collect(), settings, None);
         let buffer = Buffer::new(MEMORY).expect("address space for the registered memory");
         let memory = Memory::from(&buffer);

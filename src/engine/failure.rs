@@ -19,10 +19,14 @@ pub(super) struct Failure {
     pub length: u64,
     /// The peer's segment; `None` if it is closed.
     pub peer: Option<Arc<str>>,
+    /// Its NIC, where it is known.
+    pub peer_nic: Option<Arc<str>>,
     /// Our NIC; `None` where it is not known which one it hangs on.
     pub nic: Option<Arc<str>>,
     /// Nanoseconds since it was submitted.
     pub age: u64,
+    /// How often it was tried.
+    pub tries: u8,
     pub cause: Cow<'static, str>,
 }
 
@@ -31,10 +35,16 @@ impl fmt::Display for Failure {
         let (operation, preposition) = if self.write { ("write", "to") } else { ("read", "from") };
         let peer = self.peer.as_deref().unwrap_or("a closed segment");
         write!(f, "{operation} of {} bytes {preposition} {peer}", self.length)?;
-        if let Some(nic) = &self.nic {
-            write!(f, " over {nic}")?;
+        match (&self.nic, &self.peer_nic) {
+            (Some(nic), Some(peer_nic)) => write!(f, " over {nic} and its {peer_nic}")?,
+            (Some(nic), None) => write!(f, " over {nic}")?,
+            (None, _) => {}
         }
-        write!(f, " failed after {:.3?}: {}", Duration::from_nanos(self.age), self.cause)
+        write!(f, " failed after {:.3?}", Duration::from_nanos(self.age))?;
+        if self.tries > 1 {
+            write!(f, " and {} tries", self.tries)?;
+        }
+        write!(f, ": {}", self.cause)
     }
 }
 

@@ -6,9 +6,12 @@
 
 mod batch;
 mod failure;
+mod health;
 mod nic;
+mod peers;
 mod plan;
 mod rail;
+mod recovery;
 mod region;
 #[cfg(test)]
 mod sim;
@@ -20,7 +23,7 @@ mod tests;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use parking_lot::Mutex;
@@ -31,9 +34,12 @@ use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
 use failure::FailureLog;
 pub use nic::{Nic, Operation, PeerAddress, Post};
+use peers::{PeerIndex, Released};
 use plan::Plan;
 pub use rail::RailCounters;
 use rail::{Outcome, Rail, STUCK, Shared, Span};
+use recovery::Later;
+pub use recovery::PeerState;
 use region::{LocalRegion, Number, RangeMap};
 use table::Seal;
 pub(crate) use table::Table;
@@ -93,6 +99,10 @@ pub struct Settings {
     pub round_robin: bool,
     /// Rails that register memory at the same time, at least 1.
     pub registering: usize,
+    /// Tries of one operation before its request fails, at least 1.
+    pub tries: u8,
+    /// Peers that stay known to a NIC after their segments are closed, or that only came to us.
+    pub keep_peers: usize,
 }
 
 /// Why a submission was not started.
@@ -106,6 +116,14 @@ pub enum Refusal {
         target: TargetId,
         /// What to say if it is not out of date.
         error: Error,
+    },
+    /// The target does not answer, or does not have what its descriptor says it has: what we know of it may
+    /// be out of date.
+    OutOfDate {
+        /// Which one.
+        target: TargetId,
+        /// What to say if there is nothing newer; `None`: it is worth a try all the same.
+        error: Option<Error>,
     },
     /// The endpoint address of this NIC of the target is not known: shake hands, tell
     /// [`Engine::set_address`], submit again.
@@ -132,7 +150,10 @@ impl Refusal {
             Self::NotThere { target, error } => {
                 Self::NotThere { target, error: error.context(context()) }
             }
-            needs @ Self::NeedsHandshake { .. } => needs,
+            Self::OutOfDate { target, error: Some(error) } => {
+                Self::OutOfDate { target, error: Some(error.context(context())) }
+            }
+            other => other,
         }
     }
 }
@@ -196,6 +217,9 @@ struct Making {
 /// few MiB.
 const WORTH_THREADS: u64 = 16 << 20;
 
+/// Longest slice, bytes: a page below what 32 bits hold.
+const LONGEST_SLICE: u64 = (1 << 32) - 4096;
+
 struct BufferRecord {
     end: u64,
     /// Regions it became: number, first byte, and the rails that have it.
@@ -211,6 +235,8 @@ pub struct Engine<N> {
     buffers: Mutex<BTreeMap<u64, BufferRecord>>,
     seal: Seal,
     failures: FailureLog,
+    /// Parts of groups that failed and are to be tried again.
+    later: Later,
     observer: Option<Observer>,
     settings: Settings,
     /// Rails given out in turn so far, where that is wanted.
@@ -224,6 +250,8 @@ struct Scratch {
     /// By rail.
     spans: Vec<Vec<Span>>,
     loads: Vec<u64>,
+    /// While NICs may be paused: the others of the current region's.
+    healthy: Vec<u16>,
 }
 
 #[derive(Default)]
@@ -261,17 +289,23 @@ impl<N: Nic> Engine<N> {
     /// An engine over these NICs, by name. At least one.
     pub fn new(nics: Vec<(String, N)>, settings: Settings, observer: Option<Observer>) -> Self {
         let virtual_addresses = nics.iter().all(|(_, nic)| nic.virtual_addresses());
-        let rails =
-            nics.into_iter().enumerate().map(|(index, (name, nic))| Rail::new(name, index, nic));
+        let rails: Box<[Rail<N>]> = nics
+            .into_iter()
+            .enumerate()
+            .map(|(index, (name, nic))| Rail::new(name, index, nic, settings.keep_peers))
+            .collect();
         let seal = Seal::new();
         Self {
-            rails: rails.collect(),
             shared: Shared {
                 batches: batch::Batches::new(seal),
                 users: region::Users::default(),
                 targets: Table::default(),
-                slice: settings.slice.max(1),
+                released: Arc::new(Released::new(rails.len())),
+                ailing_until: AtomicU64::new(0),
+                slice: settings.slice.clamp(1, LONGEST_SLICE),
             },
+            rails,
+            later: Later::default(),
             locals: ArcSwap::default(),
             buffers: Mutex::default(),
             seal,
@@ -510,7 +544,7 @@ impl<N: Nic> Engine<N> {
             .targets
             .take(ArcSwapOption::empty)
             .ok_or_else(|| Error::new(Code::TooManyRequests, "too many segments are open"))?;
-        let target = Target::new(segment, self.rails.len());
+        let target = Target::new(segment, self.rails.len(), self.shared.released.clone());
         self.shared.targets.at(index).expect("just taken").store(Some(Arc::new(target)));
         Ok(TargetId(self.seal.number(index, generation)))
     }
@@ -519,9 +553,8 @@ impl<N: Nic> Engine<N> {
     pub fn update_target(&self, id: TargetId, segment: RemoteSegment) -> Result<()> {
         let slot = self.target_slot(id)?;
         let older = slot.load_full().ok_or_else(|| unknown_target(id))?;
-        let target = Target::new(segment, self.rails.len());
-        target.inherit(&older);
-        slot.store(Some(Arc::new(target)));
+        let target = Target::new(segment, self.rails.len(), self.shared.released.clone());
+        slot.store(Some(Arc::new(target.inherit(&older))));
         Ok(())
     }
 
@@ -545,7 +578,7 @@ impl<N: Nic> Engine<N> {
     /// A peer's server, and the name of one of its NICs.
     pub fn target_nic(&self, id: TargetId, nic: u16) -> Result<(String, String)> {
         let target = self.target(id)?;
-        Ok((target.server.clone(), target.nic(nic)?.name.clone()))
+        Ok((target.server.clone(), target.nic(nic)?.name.to_string()))
     }
 
     /// Tells the endpoint address of a peer's NIC, as a handshake brought it.
@@ -586,7 +619,7 @@ impl<N: Nic> Engine<N> {
         target: &Target,
         rail: usize,
         nic: u16,
-    ) -> Result<PeerAddress, Refusal> {
+    ) -> Result<PeerIndex, Refusal> {
         if let Some(peer) = target.peer(rail, nic) {
             return Ok(peer);
         }
@@ -594,13 +627,19 @@ impl<N: Nic> Engine<N> {
         let Some(address) = remote.address.load_full() else {
             return Err(Refusal::NeedsHandshake { rail, nic, target: id });
         };
-        let connected = self.rails[rail].with_nic(|own| own.connect(&address));
+        let connected = self.rails[rail].connect(&self.shared, &address);
         let peer = connected.map_err(|error| {
             let rail = &self.rails[rail].name;
             error.context(format!("connecting {rail} to {} of {}", remote.name, target.name))
         })?;
-        target.set_peer(rail, nic, peer);
-        Ok(peer)
+        Ok(target.set_peer(rail, nic, peer))
+    }
+
+    /// Makes the endpoint with this address known to a rail, for a peer that is about to transfer to us.
+    pub fn admit(&self, rail: usize, address: &[u8]) -> Result<()> {
+        let peer = self.rails[rail].connect(&self.shared, address)?;
+        self.shared.released.add(rail, peer, false);
+        Ok(())
     }
 
     // ---- batches ------------------------------------------------------------------------------
@@ -670,7 +709,7 @@ impl<N: Nic> Engine<N> {
         let locals = self.locals.load();
         let users = &self.shared.users;
         scratch.plan.build(requests, &locals, users, |id| self.target(id), self.settings.merge)?;
-        let placed = self.place(scratch, &locals);
+        let placed = self.place(scratch, &locals, now);
         match placed.and_then(|()| Ok(pin.reserve(count)?)) {
             Ok(first) => {
                 self.start(scratch, &locals, &pin, first, now, deadline);
@@ -684,13 +723,20 @@ impl<N: Nic> Engine<N> {
     }
 
     /// Cuts pieces into spans and gives each to a rail.
-    fn place(&self, scratch: &mut Scratch, locals: &RangeMap<LocalRegion>) -> Result<(), Refusal> {
+    fn place(
+        &self,
+        scratch: &mut Scratch,
+        locals: &RangeMap<LocalRegion>,
+        now: u64,
+    ) -> Result<(), Refusal> {
         let rails = self.rails.len();
-        let Scratch { plan, spans, loads } = scratch;
+        let ailing = self.shared.is_ailing(now);
+        let Scratch { plan, spans, loads, healthy } = scratch;
         spans.resize_with(rails.max(spans.len()), Vec::new);
         spans.iter_mut().for_each(Vec::clear);
         loads.clear();
         loads.extend(self.rails.iter().map(|rail| rail.load() / plan::LOAD_COUNTS));
+        self.look_at_targets(plan, now)?;
         let (mut lane, mut used) = (None::<plan::Lane>, 0);
         // Bytes that have no rail yet.
         let mut left = plan.bytes;
@@ -700,11 +746,14 @@ impl<N: Nic> Engine<N> {
             }
             let local = locals.at(piece.way.local_region as usize);
             let region = local.number.index;
-            let (stripe, level) = match &lane {
-                Some(lane) if lane.way.local_region == piece.way.local_region => {
-                    (lane.stripe, lane.level)
-                }
-                _ => (plan.stripe(local.rails.len()), plan::level(&local.rails, loads, left)),
+            let same = lane.as_ref().filter(|lane| lane.way.local_region == piece.way.local_region);
+            if ailing && same.is_none() {
+                self.choose_healthy(&local.rails, now, healthy);
+            }
+            let usable: &[u16] = if ailing { healthy } else { &local.rails };
+            let (stripe, level) = match same {
+                Some(lane) => (lane.stripe, lane.level),
+                None => (plan.stripe(usable.len()), plan::level(usable, loads, left)),
             };
             let part = plan::cut(piece.length, stripe);
             let mut done = 0;
@@ -714,12 +763,16 @@ impl<N: Nic> Engine<N> {
                     lane => {
                         let (id, target) = &plan.targets[piece.way.target as usize];
                         let rail = if self.settings.round_robin {
-                            self.next_rail(local)
+                            self.next_rail(usable)
                         } else {
-                            plan::least_loaded(&local.rails, home(), loads)
+                            plan::least_loaded(usable, home(), loads)
                         };
                         let remote = target.regions.at(piece.way.remote_region as usize);
-                        let (nic, key) = remote.key(rail);
+                        let (nic, key) = if ailing {
+                            target.healthy_key(remote, rail, now)
+                        } else {
+                            remote.key(rail)
+                        };
                         lane.insert(plan::Lane {
                             way: piece.way,
                             stripe,
@@ -740,11 +793,13 @@ impl<N: Nic> Engine<N> {
                 spans[lane.rail].push(Span {
                     group: batch::GroupRef::planned(piece.first),
                     local: piece.local + done,
-                    remote: piece.remote + done - lane.base,
+                    remote: piece.remote + done,
+                    base: lane.base,
                     length,
                     key: lane.key,
                     peer: lane.peer,
                     region,
+                    tries: 0,
                     write: piece.way.write,
                 });
                 plan.uses[used].spans += 1;
@@ -757,10 +812,10 @@ impl<N: Nic> Engine<N> {
         Ok(())
     }
 
-    /// The next of a region's rails, whatever they have to do.
-    fn next_rail(&self, local: &LocalRegion) -> usize {
+    /// The next of these rails, whatever they have to do.
+    fn next_rail(&self, rails: &[u16]) -> usize {
         let turn = self.rotation.fetch_add(1, Ordering::Relaxed);
-        usize::from(local.rails[turn % local.rails.len()])
+        usize::from(rails[turn % rails.len()])
     }
 
     /// Starts what was planned and placed, as the tasks from `first` on of a batch.
@@ -850,6 +905,8 @@ impl<N: Nic> Engine<N> {
         for rail in &self.rails {
             rail.sweep(&self.shared, now, &mut events.outcome);
         }
+        self.settle(&mut events.outcome, now);
+        self.try_later(&mut events.outcome, now, true);
         self.publish(&mut events, now);
         EVENTS.replace(events);
     }
@@ -901,7 +958,7 @@ impl<N: Nic> Engine<N> {
 
     fn time_out(&self, now: u64, overdue: impl FnOnce(&mut dyn FnMut(Ended))) {
         let mut events = EVENTS.take();
-        let Outcome { ended, failures } = &mut events.outcome;
+        let Outcome { ended, failures, .. } = &mut events.outcome;
         overdue(&mut |late| {
             let length = self.shared.batches.group(late.group).remaining();
             let failure = self.shared.failure(late.group, length, None, now, STUCK.into());
@@ -923,6 +980,8 @@ impl<N: Nic> Engine<N> {
     fn drive(&self, rail: &Rail<N>, now: u64) -> Option<usize> {
         let mut events = EVENTS.take();
         let count = rail.drive(&self.shared, now, &mut events.outcome);
+        self.settle(&mut events.outcome, now);
+        self.try_later(&mut events.outcome, now, false);
         self.failures.flush(now);
         self.publish(&mut events, now);
         EVENTS.replace(events);
@@ -931,7 +990,7 @@ impl<N: Nic> Engine<N> {
 
     /// Logs what failed, tells the observer of what ended, then makes it visible.
     fn publish(&self, events: &mut Events, now: u64) {
-        let Events { outcome: Outcome { ended: all, failures }, finished } = events;
+        let Events { outcome: Outcome { ended: all, failures, .. }, finished } = events;
         failures.drain(..).for_each(|failure| self.failures.add(&failure, now));
         if all.is_empty() {
             return;

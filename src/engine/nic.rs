@@ -4,6 +4,7 @@
 use crate::error::Result;
 use crate::fabric::Memory;
 pub use crate::fabric::{PeerAddress, Post};
+use crate::fault::Fault;
 
 /// One RMA operation on registered memory.
 #[derive(Clone, Copy, Debug)]
@@ -47,13 +48,22 @@ pub trait Nic: Send {
     /// Makes a peer reachable by its endpoint's address; the same peer for the same address.
     fn connect(&mut self, address: &[u8]) -> Result<PeerAddress>;
 
+    /// Forgets a peer; nothing is in flight to it. Its address may be connected again, as another peer.
+    fn disconnect(&mut self, peer: PeerAddress) -> Result<()>;
+
+    /// Peers are connections, which break with the first failure and are made anew by another
+    /// [`Self::connect`]; else a failed operation says nothing about the next.
+    fn connects(&self) -> bool {
+        false
+    }
+
     /// Posts an operation. After [`Post::Done`] it completes or fails, exactly once.
     fn post(&mut self, operation: &Operation) -> Post;
 
     /// Makes progress, and appends the slots of operations that completed, and of those that failed
-    /// with the provider's words for why. A slot with nothing in flight is a stray.
-    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, String)>);
+    /// and why. A slot with nothing in flight is a stray.
+    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, Fault)>);
 
-    /// The errno of a [`Post::Failed`] in words.
-    fn explain(&self, errno: i32) -> String;
+    /// What the errno of a [`Post::Failed`] means.
+    fn explain(&self, errno: i32) -> Fault;
 }

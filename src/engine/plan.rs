@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::nic::PeerAddress;
+use super::peers::PeerIndex;
 use super::region::{LocalRegion, RangeMap, Users};
 use super::target::{Target, TargetId};
 use super::{Refusal, Request};
@@ -57,7 +57,7 @@ pub(super) struct Lane {
     /// See [`level`].
     pub level: u64,
     pub rail: usize,
-    pub peer: PeerAddress,
+    pub peer: PeerIndex,
     pub key: u64,
     /// What remote addresses are relative to.
     pub base: u64,

@@ -15,11 +15,14 @@ use parking_lot::Mutex;
 
 use super::batch::{Batches, Ended, GroupRef, Groups, Status};
 use super::failure::Failure;
-use super::nic::{Nic, Operation, PeerAddress, Post};
+use super::health::Health;
+use super::nic::{Nic, Operation, Post};
+use super::peers::{PeerIndex, Peers, Released};
 use super::region::Users;
 use super::table::Table;
 use super::target::Target;
 use crate::error::{Code, Error, Result};
+use crate::fault::{Class, Fault, Faults};
 
 /// Posts between two looks at the completion queue: completions are not kept waiting by a long
 /// queue, nor the queue by completions.
@@ -49,24 +52,62 @@ pub(super) const STUCK: &str = "its deadline passed and the provider does not re
 pub(super) struct Span {
     pub group: GroupRef,
     pub local: u64,
+    /// Address in the peer's memory.
     pub remote: u64,
+    /// What the device wants remote addresses relative to.
+    pub base: u64,
     pub length: u64,
     pub key: u64,
-    pub peer: PeerAddress,
+    pub peer: PeerIndex,
     pub region: u32,
+    /// How often it was tried before.
+    pub tries: u8,
     pub write: bool,
 }
 
-/// One operation in flight.
+/// One operation in flight: of its [`Span`] what is needed to try it again.
 #[derive(Clone, Copy, Debug)]
 struct Flight {
     group: GroupRef,
-    length: u64,
-    peer: PeerAddress,
+    local: u64,
+    remote: u64,
+    length: u32,
+    peer: PeerIndex,
     region: u32,
+    tries: u8,
     state: State,
     /// Its group was told that its deadline passed.
     told: bool,
+}
+
+/// A part of a group whose operation failed. It still counts as load of its rail and as a use of its region.
+#[derive(Clone, Debug)]
+pub(super) struct Broken {
+    pub rail: usize,
+    pub group: GroupRef,
+    pub local: u64,
+    pub remote: u64,
+    pub length: u64,
+    pub peer: PeerIndex,
+    pub region: u32,
+    /// How often it was tried.
+    pub tries: u8,
+    pub write: bool,
+    pub fault: Fault,
+}
+
+/// How a post of a span went.
+enum Step {
+    /// All of it is in flight.
+    Whole,
+    /// It is shorter now.
+    Part,
+    /// There is nothing to post any more: given up, or broken.
+    Gone,
+    /// There is no slot.
+    Full,
+    /// The provider does not want it now.
+    Again,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,13 +122,21 @@ pub(super) struct Shared {
     pub batches: Batches,
     pub users: Users,
     pub targets: Table<ArcSwapOption<Target>>,
-    /// Longest operation to post, bytes.
+    pub released: Arc<Released>,
+    /// Until when it matters that operations succeed, because others failed.
+    pub ailing_until: AtomicU64,
+    /// Longest operation to post, bytes; fits in 32 bits.
     pub slice: u64,
 }
 
 impl Shared {
+    /// Operations failed lately: NICs may be paused, and those that work again are to be noticed.
+    pub fn is_ailing(&self, now: u64) -> bool {
+        now < self.ailing_until.load(Ordering::Relaxed)
+    }
+
     /// The target of a group, which must be held; `None` if it is closed.
-    fn target(&self, group: GroupRef) -> Option<Arc<Target>> {
+    pub fn target(&self, group: GroupRef) -> Option<Arc<Target>> {
         self.targets.at(self.batches.group(group).aim().target)?.load_full()
     }
 
@@ -106,8 +155,10 @@ impl Shared {
             write: group.aim().write,
             length,
             peer: peer.map(|target| target.name.clone()),
+            peer_nic: None,
             nic: nic.cloned(),
             age: group.age(now),
+            tries: 1,
             cause,
         }
     }
@@ -120,8 +171,14 @@ pub struct RailCounters {
     pub posted: u64,
     /// Operations completed without an error.
     pub completed: u64,
-    /// Operations that ended with an error, or were refused when posted.
+    /// Operations that ended with an error, or were refused when posted; most are tried again.
     pub failed: u64,
+    /// The same by whose fault it was.
+    pub faults: Faults,
+    /// Operations of other rails and its own that failed and were given to this one to try again.
+    pub retried: u64,
+    /// It failed too often in a row, and has not been seen to work since.
+    pub paused: bool,
     /// Bytes of completed writes.
     pub bytes_written: u64,
     /// Bytes of completed reads.
@@ -142,7 +199,7 @@ pub struct RailCounters {
 struct Counters {
     posted: AtomicU64,
     completed: AtomicU64,
-    failed: AtomicU64,
+    faults: [AtomicU64; Class::ALL.len()],
     bytes_written: AtomicU64,
     bytes_read: AtomicU64,
     put_off: AtomicU64,
@@ -161,12 +218,18 @@ fn add(counter: &AtomicU64, value: u64) {
 pub(super) struct Outcome {
     pub ended: Vec<Ended>,
     pub failures: Vec<Failure>,
+    pub broken: Vec<Broken>,
 }
 
 pub(super) struct Rail<N> {
     pub name: Arc<str>,
     /// Among the engine's rails.
     pub index: usize,
+    pub health: Health,
+    /// Its peers are connections, which break for good.
+    pub connects: bool,
+    /// Operations that it was given after they had failed.
+    pub retried: AtomicU64,
     /// Bytes queued or in flight: the load by which rails are chosen, and "is there work".
     load: CachePadded<AtomicU64>,
     queue: CachePadded<Mutex<VecDeque<Span>>>,
@@ -179,7 +242,7 @@ pub(super) struct Rail<N> {
 /// Parts of groups that are done with, one way or another: their uses of regions and their load end, and
 /// with the last of a group the group. Regions and load are told when it is dropped, or another region's
 /// turn comes: that is cheaper than one by one.
-struct Ends<'a, N> {
+pub(super) struct Ends<'a, N> {
     rail: &'a Rail<N>,
     shared: &'a Shared,
     groups: Groups<'a>,
@@ -191,14 +254,14 @@ struct Ends<'a, N> {
 }
 
 impl<'a, N> Ends<'a, N> {
-    fn new(rail: &'a Rail<N>, shared: &'a Shared, outcome: &'a mut Outcome) -> Self {
-        let (groups, ended) = (shared.batches.groups(), &mut outcome.ended);
+    pub fn new(rail: &'a Rail<N>, shared: &'a Shared, ended: &'a mut Vec<Ended>) -> Self {
+        let groups = shared.batches.groups();
         Self { rail, shared, groups, ended, region: 0, uses: 0, bytes: 0 }
     }
 
     /// `length` bytes of a group, in `region`, are done with.
     #[inline]
-    fn end(&mut self, group: GroupRef, length: u64, region: u32) {
+    pub fn end(&mut self, group: GroupRef, length: u64, region: u32) {
         if region != self.region {
             self.leave();
             self.region = region;
@@ -234,20 +297,27 @@ struct Driver<N> {
     /// Taken from the queue, not posted yet.
     taken: VecDeque<Span>,
     completed: Vec<u32>,
-    failed: Vec<(u32, String)>,
+    failed: Vec<(u32, Fault)>,
+    peers: Peers,
+    polls: u64,
     /// Polls to go before the provider is asked again after it said "again".
     hold_off: u32,
     next_scan: u64,
 }
 
 impl<N: Nic> Rail<N> {
-    pub fn new(name: String, index: usize, nic: N) -> Self {
+    /// `keep`: peers without users that stay known.
+    pub fn new(name: String, index: usize, nic: N, keep: usize) -> Self {
         let depth = nic.depth();
+        let connects = nic.connects();
         let idle = Flight {
             group: GroupRef::default(),
+            local: 0,
+            remote: 0,
             length: 0,
-            peer: PeerAddress(0),
+            peer: 0,
             region: 0,
+            tries: 0,
             state: State::Free,
             told: false,
         };
@@ -259,12 +329,17 @@ impl<N: Nic> Rail<N> {
             taken: VecDeque::with_capacity(1024),
             completed: Vec::with_capacity(2 * TURN),
             failed: Vec::new(),
+            peers: Peers::new(keep),
+            polls: 0,
             hold_off: 0,
             next_scan: 0,
         };
         Self {
             name: name.into(),
             index,
+            health: Health::default(),
+            connects,
+            retried: AtomicU64::new(0),
             load: CachePadded::default(),
             queue: CachePadded::new(Mutex::new(VecDeque::with_capacity(1024))),
             driver: CachePadded::new(Mutex::new(driver)),
@@ -289,8 +364,12 @@ impl<N: Nic> Rail<N> {
     /// Those of `f`; [`Code::Busy`] if whoever uses it does not return from the provider in 10 seconds. (Seen with
     /// `shm`, where a peer that is killed can leave a lock in shared memory taken for ever.)
     pub fn with_nic<R>(&self, f: impl FnOnce(&mut N) -> Result<R>) -> Result<R> {
+        self.with_driver(|driver| f(&mut driver.nic))
+    }
+
+    fn with_driver<R>(&self, f: impl FnOnce(&mut Driver<N>) -> Result<R>) -> Result<R> {
         match self.driver.try_lock_for(UNRESPONSIVE) {
-            Some(mut driver) => f(&mut driver.nic),
+            Some(mut driver) => f(&mut driver),
             None => Err(Error::new(
                 Code::Busy,
                 format!(
@@ -299,6 +378,35 @@ impl<N: Nic> Rail<N> {
                 ),
             )),
         }
+    }
+
+    /// The peer with this address of an endpoint, which has one more user until [`Released::add`].
+    ///
+    /// # Errors
+    /// The NIC's, and as [`Self::with_nic`].
+    pub fn connect(&self, shared: &Shared, address: &[u8]) -> Result<PeerIndex> {
+        self.with_driver(|driver| {
+            self.tidy(driver, shared);
+            driver.peers.connect(&mut driver.nic, address)
+        })
+    }
+
+    /// How many peers it knows.
+    #[cfg(test)]
+    pub fn peers(&self, shared: &Shared) -> usize {
+        let mut driver = self.driver.lock();
+        self.tidy(&mut driver, shared);
+        driver.peers.len()
+    }
+
+    /// Takes note of peers without users, and forgets those that are to be forgotten.
+    fn tidy(&self, driver: &mut Driver<N>, shared: &Shared) {
+        let Driver { nic, peers, taken, .. } = driver;
+        shared.released.take(self.index, |peer, broken| peers.release(peer, broken));
+        peers.forget(nic, |peer| {
+            let of_it = |span: &Span| span.peer == peer;
+            taken.iter().any(of_it) || self.queue.lock().iter().any(of_it)
+        });
     }
 
     /// Between two of many uses of the NIC: lets whoever drives the rail have a turn, if there is work for
@@ -317,6 +425,11 @@ impl<N: Nic> Rail<N> {
     pub fn push(&self, spans: &[Span], bytes: u64) {
         self.load.fetch_add(bytes, Ordering::AcqRel);
         self.queue.lock().extend(spans);
+    }
+
+    /// So many bytes went to another rail.
+    pub fn hand_over(&self, bytes: u64) {
+        self.load.fetch_sub(bytes, Ordering::Release);
     }
 
     /// One turn of posting and polling, unless someone else is at it (`None`). The count of
@@ -358,7 +471,8 @@ impl<N: Nic> Rail<N> {
         now: u64,
         outcome: &mut Outcome,
     ) -> usize {
-        let Driver { nic, flights, free, completed, failed, .. } = driver;
+        let Driver { nic, flights, free, completed, failed, peers, polls, .. } = driver;
+        *polls += 1;
         completed.clear();
         nic.poll(completed, failed);
         let mut land = |slot: u32| {
@@ -368,14 +482,21 @@ impl<N: Nic> Rail<N> {
                 return None;
             };
             free.push(slot);
+            let peer = peers.at(flight.peer);
+            (peer.flying, peer.held_until) = (peer.flying - 1, 0);
             Some(std::mem::replace(flight, Flight { state: State::Free, ..*flight }))
         };
+        let ailing = shared.is_ailing(now);
         let (mut count, mut written, mut read) = (0, 0, 0);
-        let mut ends = Ends::new(self, shared, outcome);
+        let mut ends = Ends::new(self, shared, &mut outcome.ended);
         for flight in completed.iter().filter_map(|&slot| land(slot)) {
             count += 1;
-            *(if flight.state == State::Write { &mut written } else { &mut read }) += flight.length;
-            ends.end(flight.group, flight.length, flight.region);
+            let length = u64::from(flight.length);
+            *(if flight.state == State::Write { &mut written } else { &mut read }) += length;
+            if ailing {
+                self.well(shared, &flight);
+            }
+            ends.end(flight.group, length, flight.region);
         }
         drop(ends);
         if count > 0 {
@@ -384,35 +505,33 @@ impl<N: Nic> Rail<N> {
             add(&self.counters.bytes_read, read);
         }
         let events = completed.len() + failed.len();
-        for (slot, cause) in failed.drain(..) {
+        for (slot, fault) in failed.drain(..) {
             let Some(flight) = land(slot) else { continue };
-            self.fail(shared, flight.group, flight.length, now, cause, outcome);
-            self.forget(shared, flight.group, flight.peer);
-            Ends::new(self, shared, outcome).end(flight.group, flight.length, flight.region);
+            add(&self.counters.faults[fault.class as usize], 1);
+            outcome.broken.push(Broken {
+                rail: self.index,
+                group: flight.group,
+                local: flight.local,
+                remote: flight.remote,
+                length: u64::from(flight.length),
+                peer: flight.peer,
+                region: flight.region,
+                tries: flight.tries,
+                write: flight.state == State::Write,
+                fault,
+            });
         }
         events
     }
 
-    /// An operation failed, and its group with it.
-    fn fail(
-        &self,
-        shared: &Shared,
-        group: GroupRef,
-        length: u64,
-        now: u64,
-        cause: String,
-        outcome: &mut Outcome,
-    ) {
-        add(&self.counters.failed, 1);
-        let failure = shared.failure(group, length, Some(&self.name), now, cause.into());
-        shared.batches.fail(group, Status::Failed, &failure);
-        outcome.failures.push(failure);
-    }
-
-    /// See [`Target::forget`].
-    fn forget(&self, shared: &Shared, group: GroupRef, peer: PeerAddress) {
-        if let Some(target) = shared.target(group) {
-            target.forget(self.index, peer);
+    /// An operation succeeded, while others fail.
+    #[cold]
+    fn well(&self, shared: &Shared, flight: &Flight) {
+        if self.health.succeed() {
+            log::info!("{} works again", self.name);
+        }
+        if let Some(target) = shared.target(flight.group) {
+            target.well(self.index, flight.peer);
         }
     }
 
@@ -440,77 +559,178 @@ impl<N: Nic> Rail<N> {
         now: u64,
         outcome: &mut Outcome,
     ) -> usize {
-        let Driver { nic, flights, free, taken, hold_off, .. } = driver;
         let mut groups = shared.batches.groups();
-        let slice = shared.slice.min(nic.max_length());
+        let slice = shared.slice.min(driver.nic.max_length());
         let mut posted = 0;
-        while posted < TURN {
-            if taken.is_empty() {
-                std::mem::swap(taken, &mut *self.queue.lock());
-            }
-            let Some(span) = taken.front_mut() else { break };
-            let group = groups.get(span.group);
-            if now >= group.deadline() && !group.is_condemned() {
-                self.time_out(shared, span.group, span.length, now, NOT_POSTED, outcome);
-            }
-            if group.is_condemned() {
-                let span = taken.pop_front().expect("it is the front");
-                Ends::new(self, shared, outcome).end(span.group, span.length, span.region);
-                continue;
-            }
-            let Some(&slot) = free.last() else {
-                add(&self.counters.starved, 1);
-                break;
-            };
-            let length = span.length.min(slice);
-            let operation = Operation {
-                write: span.write,
-                local: span.local,
-                length,
-                region: span.region,
-                peer: span.peer,
-                remote: span.remote,
-                key: span.key,
-                slot,
-            };
-            match nic.post(&operation) {
-                Post::Done => {
-                    posted += 1;
-                    free.pop();
-                    flights[slot as usize] = Flight {
-                        group: span.group,
-                        length,
-                        peer: span.peer,
-                        region: span.region,
-                        state: if span.write { State::Write } else { State::Read },
-                        told: false,
-                    };
-                    if length == span.length {
-                        // The operation takes over the span's use of the region.
-                        taken.pop_front();
-                    } else {
-                        shared.users.enter_more(span.region, 1);
-                        span.local += length;
-                        span.remote += length;
-                        span.length -= length;
+        let mut again = false;
+        // Those who had to wait come first, each in turn, until none may have more.
+        let mut idle = 0;
+        while posted < TURN && !again && idle < driver.peers.blocked.len() {
+            let Some(peer) = driver.peers.blocked.pop_front() else { break };
+            idle += 1;
+            let (free, polls) = (driver.free.len(), driver.polls);
+            let own = driver.peers.at(peer);
+            if own.may_fly(free) && polls >= own.held_until {
+                if let Some(mut span) = own.waiting.pop_front() {
+                    let step =
+                        self.post_one(driver, shared, &mut groups, slice, &mut span, now, outcome);
+                    match step {
+                        Step::Whole | Step::Part => (posted, idle) = (posted + 1, 0),
+                        Step::Gone => idle = 0,
+                        Step::Full => {}
+                        Step::Again => again = self.put_off(driver, peer),
+                    }
+                    if let Step::Part | Step::Again | Step::Full = step {
+                        driver.peers.at(peer).waiting.push_front(span);
                     }
                 }
-                Post::Again => {
-                    add(&self.counters.put_off, 1);
-                    *hold_off = HOLD_OFF;
+            }
+            if !driver.peers.at(peer).waiting.is_empty() {
+                driver.peers.blocked.push_back(peer);
+            }
+        }
+        while posted < TURN && !again {
+            if driver.taken.is_empty() {
+                std::mem::swap(&mut driver.taken, &mut *self.queue.lock());
+            }
+            let Some(&span) = driver.taken.front() else { break };
+            let free = driver.free.len();
+            let peer = driver.peers.at(span.peer);
+            if free > 0 && (!peer.waiting.is_empty() || !peer.may_fly(free)) {
+                let first = peer.waiting.is_empty();
+                peer.waiting.push_back(span);
+                driver.taken.pop_front();
+                if first {
+                    add(&self.counters.starved, 1);
+                    driver.peers.blocked.push_back(span.peer);
+                }
+                continue;
+            }
+            let mut rest = span;
+            match self.post_one(driver, shared, &mut groups, slice, &mut rest, now, outcome) {
+                Step::Whole => {
+                    driver.taken.pop_front();
+                    posted += 1;
+                }
+                Step::Part => {
+                    driver.taken[0] = rest;
+                    posted += 1;
+                }
+                Step::Gone => drop(driver.taken.pop_front()),
+                Step::Full => {
+                    add(&self.counters.starved, 1);
                     break;
                 }
-                Post::Failed(errno) => {
-                    // Condemned now, the span is given up in the next round.
-                    self.fail(shared, span.group, length, now, nic.explain(errno), outcome);
-                    self.forget(shared, span.group, span.peer);
+                Step::Again => {
+                    again = self.put_off(driver, span.peer);
+                    if !again {
+                        // The others need not wait for this one.
+                        driver.taken.pop_front();
+                        driver.peers.at(span.peer).waiting.push_back(span);
+                        driver.peers.blocked.push_back(span.peer);
+                    }
                 }
             }
+        }
+        if again {
+            driver.hold_off = HOLD_OFF;
         }
         if posted > 0 {
             add(&self.counters.posted, posted as u64);
         }
         posted
+    }
+
+    /// The provider does not take more for this peer now. True if it is not to be asked for anybody either:
+    /// it was not the only one, or there is no other.
+    fn put_off(&self, driver: &mut Driver<N>, peer: PeerIndex) -> bool {
+        add(&self.counters.put_off, 1);
+        let (polls, peers) = (driver.polls, &mut driver.peers);
+        peers.at(peer).held_until = polls + u64::from(HOLD_OFF);
+        peers.len() == 1
+            || peers.blocked.iter().any(|&other| other != peer && peers.is_held(other, polls))
+    }
+
+    /// Posts a span, or as much as goes in one operation.
+    #[inline]
+    #[allow(clippy::too_many_arguments)]
+    fn post_one(
+        &self,
+        driver: &mut Driver<N>,
+        shared: &Shared,
+        groups: &mut Groups,
+        slice: u64,
+        span: &mut Span,
+        now: u64,
+        outcome: &mut Outcome,
+    ) -> Step {
+        let Driver { nic, flights, free, peers, .. } = driver;
+        let group = groups.get(span.group);
+        if now >= group.deadline() && !group.is_condemned() {
+            self.time_out(shared, span.group, span.length, now, NOT_POSTED, outcome);
+        }
+        if group.is_condemned() {
+            let mut ends = Ends::new(self, shared, &mut outcome.ended);
+            ends.end(span.group, span.length, span.region);
+            return Step::Gone;
+        }
+        let Some(&slot) = free.last() else { return Step::Full };
+        let peer = peers.at(span.peer);
+        let length = span.length.min(slice);
+        let operation = Operation {
+            write: span.write,
+            local: span.local,
+            length,
+            region: span.region,
+            peer: peer.address,
+            remote: span.remote - span.base,
+            key: span.key,
+            slot,
+        };
+        match nic.post(&operation) {
+            Post::Done => {
+                free.pop();
+                peer.flying += 1;
+                flights[slot as usize] = Flight {
+                    group: span.group,
+                    local: span.local,
+                    remote: span.remote,
+                    length: length as u32,
+                    peer: span.peer,
+                    region: span.region,
+                    tries: span.tries.saturating_add(1),
+                    state: if span.write { State::Write } else { State::Read },
+                    told: false,
+                };
+                if length == span.length {
+                    // The operation takes over the span's use of the region.
+                    return Step::Whole;
+                }
+                shared.users.enter_more(span.region, 1);
+                span.local += length;
+                span.remote += length;
+                span.length -= length;
+                Step::Part
+            }
+            Post::Again => Step::Again,
+            Post::Failed(errno) => {
+                let fault = nic.explain(errno);
+                add(&self.counters.faults[fault.class as usize], 1);
+                outcome.broken.push(Broken {
+                    rail: self.index,
+                    group: span.group,
+                    local: span.local,
+                    remote: span.remote,
+                    length: span.length,
+                    peer: span.peer,
+                    region: span.region,
+                    tries: span.tries.saturating_add(1),
+                    write: span.write,
+                    fault,
+                });
+                Step::Gone
+            }
+        }
     }
 
     /// Ends what is past its deadline. What is queued is given up; what is in flight stays the
@@ -521,7 +741,7 @@ impl<N: Nic> Rail<N> {
             if now >= groups.get(flight.group).deadline() {
                 flight.told = true;
                 add(&self.counters.overdue, 1);
-                self.time_out(shared, flight.group, flight.length, now, NOT_BACK, outcome);
+                self.time_out(shared, flight.group, flight.length.into(), now, NOT_BACK, outcome);
                 shared.batches.hold(flight.group);
                 outcome.ended.push(Ended::new(flight.group, Status::Timeout));
             }
@@ -533,12 +753,15 @@ impl<N: Nic> Rail<N> {
             }
             let keep = !group.is_condemned();
             if !keep {
-                Ends::new(self, shared, outcome).end(span.group, span.length, span.region);
+                let mut ends = Ends::new(self, shared, &mut outcome.ended);
+                ends.end(span.group, span.length, span.region);
             }
             keep
         };
+        driver.peers.retain_waiting(&mut keep);
         driver.taken.retain(&mut keep);
         self.queue.lock().retain(&mut keep);
+        self.tidy(driver, shared);
     }
 
     /// Gives up what is condemned without waiting for the next turn of its queue. If someone drives for
@@ -555,7 +778,10 @@ impl<N: Nic> Rail<N> {
         RailCounters {
             posted: get(&counters.posted),
             completed: get(&counters.completed),
-            failed: get(&counters.failed),
+            failed: counters.faults.iter().map(get).sum(),
+            faults: counters.faults.each_ref().map(get).into(),
+            retried: get(&self.retried),
+            paused: self.health.is_paused(),
             bytes_written: get(&counters.bytes_written),
             bytes_read: get(&counters.bytes_read),
             put_off: get(&counters.put_off),

@@ -33,6 +33,12 @@ impl RemoteRegion {
     pub fn key(&self, rail: usize) -> (u16, u64) {
         self.keys[rail % self.keys.len()]
     }
+
+    /// All of them, in the order in which this rail should use them.
+    pub fn keys_from(&self, rail: usize) -> impl Iterator<Item = (u16, u64)> {
+        let (before, from) = self.keys.split_at(rail % self.keys.len());
+        from.iter().chain(before).copied()
+    }
 }
 
 /// A range that can be searched for.
@@ -65,7 +71,7 @@ const CHUNK: usize = 1 << CHUNK_BITS;
 
 /// Ranges sorted by start, to be shared and replaced as a whole. A changed copy shares all chunks of
 /// ranges that have not changed, so that a change costs about the same however many ranges there are.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct RangeMap<R> {
     /// None is empty.
     chunks: Vec<Arc<[R]>>,

@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 use super::{Nic, Operation, PeerAddress, Post};
 use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
+use crate::fault::{Class, Fault};
 
 /// What the test sees and steers. One for all NICs of an engine.
 #[derive(Default)]
@@ -28,9 +29,20 @@ pub(super) struct World {
     pub refuse: Option<i32>,
     /// Refuse to register on this NIC.
     pub no_memory_on: Option<usize>,
+    /// Answer posts to this peer with "again".
+    pub again_for: Option<u64>,
     /// Lengths posted, in order.
     pub posted: Vec<u64>,
+    /// Peers by NIC.
+    pub peers: BTreeSet<(usize, u64)>,
 }
+
+/// Errnos of the simulated NIC, one for each class.
+pub(super) const PERMANENT: i32 = 5;
+pub(super) const PEER: i32 = 13;
+pub(super) const RAIL: i32 = 2;
+pub(super) const PRESSURE: i32 = 10;
+pub(super) const OURS: i32 = 22;
 
 pub(super) const LOCAL: u64 = 0x1000_0000;
 pub(super) const REMOTE: u64 = 0x7000_0000_0000;
@@ -100,12 +112,23 @@ impl Nic for SimNic {
     }
 
     fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
-        Ok(PeerAddress(u64::from(address[0])))
+        let peer = u64::from(address[0]);
+        self.world.lock().peers.insert((self.index, peer));
+        Ok(PeerAddress(peer))
+    }
+
+    fn disconnect(&mut self, peer: PeerAddress) -> Result<()> {
+        let mut world = self.world.lock();
+        let used = |op: &Operation| op.peer == peer;
+        assert!(!world.flying.get(&self.index).is_some_and(|ops| ops.iter().any(used)));
+        assert!(world.peers.remove(&(self.index, peer.0)), "disconnected once");
+        Ok(())
     }
 
     fn post(&mut self, operation: &Operation) -> Post {
         let mut world = self.world.lock();
-        if world.again {
+        assert!(world.peers.contains(&(self.index, operation.peer.0)), "the peer is connected");
+        if world.again || world.again_for == Some(operation.peer.0) {
             return Post::Again;
         }
         if let Some(errno) = world.refuse {
@@ -120,7 +143,7 @@ impl Nic for SimNic {
         Post::Done
     }
 
-    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, String)>) {
+    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, Fault)>) {
         let mut world = self.world.lock();
         for (slot, errno) in world.ended.remove(&self.index).into_iter().flatten() {
             match errno {
@@ -130,7 +153,14 @@ impl Nic for SimNic {
         }
     }
 
-    fn explain(&self, errno: i32) -> String {
-        format!("error {errno}")
+    fn explain(&self, errno: i32) -> Fault {
+        let class = match errno {
+            PERMANENT => Class::Permanent,
+            PEER => Class::Peer,
+            RAIL => Class::Rail,
+            PRESSURE => Class::Pressure,
+            _ => Class::Ours,
+        };
+        Fault { class, text: format!("error {errno}") }
     }
 }

@@ -1,13 +1,16 @@
 //! Peers' segments, as the engine needs them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
 
-use super::nic::PeerAddress;
+use super::health::{Health, Use};
+use super::peers::{PeerIndex, Released};
 use super::region::{RangeMap, RemoteRegion};
 use crate::error::{Error, Result};
+use crate::fault::{Class, Faults};
 
 /// A peer's segment. The number is opaque, and its engine's own; 0 is never one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,22 +58,48 @@ pub(super) struct Target {
     pub nics: Box<[Nic]>,
     pub regions: RangeMap<RemoteRegion>,
     rails: usize,
-    /// The peer's address in each rail's address vector: `rail * nics + nic`.
-    peers: Box<[AtomicU64]>,
+    /// What each rail knows the peer's NICs as: `rail * nics + nic`.
+    peers: Box<[AtomicU32]>,
+    released: Arc<Released>,
+    /// Rails and NICs whose connections broke.
+    broken: Mutex<Vec<(usize, u16)>>,
+    /// It said that something is not as its descriptor has it.
+    stale: AtomicBool,
+    pub faults: Arc<PeerFaults>,
 }
 
 pub(super) struct Nic {
-    pub name: String,
+    pub name: Arc<str>,
+    pub health: Arc<Health>,
     /// From the descriptor, or by a handshake.
     pub address: ArcSwapOption<Box<[u8]>>,
     /// The descriptor did not give it.
     by_handshake: bool,
 }
 
-const UNKNOWN: u64 = u64::MAX;
+const UNKNOWN: PeerIndex = PeerIndex::MAX;
+
+/// What failed with a peer, as long as its segment is open.
+#[derive(Debug, Default)]
+pub(super) struct PeerFaults {
+    faults: [AtomicU64; Class::ALL.len()],
+    pub retried: AtomicU64,
+    /// When its descriptor may be asked for again because it does not answer.
+    pub ask_from: AtomicU64,
+}
+
+impl PeerFaults {
+    pub fn add(&self, class: Class) {
+        self.faults[class as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn get(&self) -> Faults {
+        self.faults.each_ref().map(|count| count.load(Ordering::Relaxed)).into()
+    }
+}
 
 impl Target {
-    pub fn new(segment: RemoteSegment, rails: usize) -> Self {
+    pub fn new(segment: RemoteSegment, rails: usize, released: Arc<Released>) -> Self {
         let RemoteSegment { name, server, nics, buffers } = segment;
         let regions = buffers.into_iter().filter_map(|buffer| {
             let key = |nic: u16| {
@@ -91,13 +120,25 @@ impl Target {
         let nics: Box<[Nic]> = nics
             .into_iter()
             .map(|nic| Nic {
-                name: nic.name,
+                name: nic.name.into(),
+                health: Arc::default(),
                 by_handshake: nic.address.is_none(),
                 address: ArcSwapOption::new(nic.address.map(Arc::new)),
             })
             .collect();
-        let peers = (0..rails * nics.len()).map(|_| AtomicU64::new(UNKNOWN)).collect();
-        Self { name: name.into(), server, nics, regions, rails, peers }
+        let peers = (0..rails * nics.len()).map(|_| AtomicU32::new(UNKNOWN)).collect();
+        Self {
+            name: name.into(),
+            server,
+            nics,
+            regions,
+            rails,
+            peers,
+            released,
+            broken: Mutex::default(),
+            stale: AtomicBool::new(false),
+            faults: Arc::default(),
+        }
     }
 
     pub fn nic(&self, nic: u16) -> Result<&Nic> {
@@ -107,51 +148,132 @@ impl Target {
     }
 
     /// The peer's NIC `nic` as rail `rail` knows it, if it has been connected.
-    pub fn peer(&self, rail: usize, nic: u16) -> Option<PeerAddress> {
-        match self.slot(rail, nic).load(Ordering::Acquire) {
-            UNKNOWN => None,
-            peer => Some(PeerAddress(peer)),
-        }
+    pub fn peer(&self, rail: usize, nic: u16) -> Option<PeerIndex> {
+        Some(self.slot(rail, nic).load(Ordering::Acquire)).filter(|&peer| peer != UNKNOWN)
     }
 
-    pub fn set_peer(&self, rail: usize, nic: u16, peer: PeerAddress) {
-        self.slot(rail, nic).store(peer.0, Ordering::Release);
-    }
-
-    /// An operation of rail `rail` to `peer` failed. If a handshake told the address, the peer may have been
-    /// restarted and have another one now: it is forgotten, so that the next submission asks again.
-    pub fn forget(&self, rail: usize, peer: PeerAddress) {
-        for nic in 0..self.nics.len() as u16 {
-            let own = &self.nics[usize::from(nic)];
-            // Not if it was forgotten, and maybe told anew, since the operation was submitted.
-            if own.by_handshake && self.peer(rail, nic) == Some(peer) {
-                own.address.store(None);
-                for rail in 0..self.rails {
-                    self.slot(rail, nic).store(UNKNOWN, Ordering::Release);
-                }
+    /// Keeps a peer that was connected for this target, and gives it back when the target is dropped. The
+    /// one to use: somebody else may have been first.
+    pub fn set_peer(&self, rail: usize, nic: u16, peer: PeerIndex) -> PeerIndex {
+        let slot = self.slot(rail, nic);
+        match slot.compare_exchange(UNKNOWN, peer, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => peer,
+            Err(first) => {
+                self.released.add(rail, peer, false);
+                first
             }
         }
+    }
+
+    /// The NIC that `rail` knows as `peer`.
+    pub fn nic_of(&self, rail: usize, peer: PeerIndex) -> Option<u16> {
+        (0..self.nics.len() as u16).find(|&nic| self.peer(rail, nic) == Some(peer))
+    }
+
+    /// The same target, with its peers to be connected anew. Who uses the old one may go on; when nobody does,
+    /// it gives its peers back.
+    pub fn anew(&self) -> Self {
+        let nic = |nic: &Nic| Nic {
+            name: nic.name.clone(),
+            health: nic.health.clone(),
+            address: ArcSwapOption::new(nic.address.load_full()),
+            by_handshake: nic.by_handshake,
+        };
+        Self {
+            name: self.name.clone(),
+            server: self.server.clone(),
+            nics: self.nics.iter().map(nic).collect(),
+            regions: self.regions.clone(),
+            rails: self.rails,
+            peers: self.peers.iter().map(|_| AtomicU32::new(UNKNOWN)).collect(),
+            released: self.released.clone(),
+            broken: Mutex::default(),
+            stale: AtomicBool::new(self.stale.load(Ordering::Relaxed)),
+            faults: self.faults.clone(),
+        }
+    }
+
+    /// The connection of `rail` to this NIC broke: it is not to be used again.
+    pub fn set_broken(&self, rail: usize, nic: u16) {
+        self.broken.lock().push((rail, nic));
+    }
+
+    /// Forgets the address of NIC `nic`, if a handshake told it: the peer may have been restarted and have
+    /// another one now, so that the next submission should ask again. True if it did.
+    pub fn forget(&self, nic: u16) -> bool {
+        let own = &self.nics[usize::from(nic)];
+        own.by_handshake && own.address.swap(None).is_some()
+    }
+
+    /// As [`RemoteRegion::key`], of the NICs that are not paused if there are any.
+    pub fn healthy_key(&self, region: &RemoteRegion, rail: usize, now: u64) -> (u16, u64) {
+        let usable = |&(nic, _): &(u16, u64)| {
+            self.nics.get(usize::from(nic)).is_none_or(|nic| nic.health.ask(now) == Use::Yes)
+        };
+        region.keys_from(rail).find(usable).unwrap_or_else(|| region.key(rail))
+    }
+
+    /// An operation of `rail` to `peer` succeeded, while others fail.
+    pub fn well(&self, rail: usize, peer: PeerIndex) {
+        let nic = self.nic_of(rail, peer).map(|nic| &self.nics[usize::from(nic)]);
+        if let Some(nic) = nic.filter(|nic| nic.health.succeed()) {
+            log::info!("{} of {} works again", nic.name, self.name);
+        }
+    }
+
+    /// The peer does not have what its descriptor says: it should be asked for a newer one.
+    pub fn set_stale(&self) {
+        self.stale.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`Self::set_stale`] was called, for one caller.
+    pub fn take_stale(&self) -> bool {
+        self.stale.load(Ordering::Relaxed) && self.stale.swap(false, Ordering::Relaxed)
     }
 
     /// Takes over the handshakes done for an older descriptor of the same peer, where this one still
     /// names the same NIC without an address. Not if no region is as it was: then the peer was most
     /// likely restarted, and its endpoints are others. Where it was and a region is by chance the same,
     /// the first failure sets it right: [`Self::forget`].
-    pub fn inherit(&self, older: &Self) {
+    ///
+    /// And what is known of the health of NICs that have the addresses that they had.
+    pub fn inherit(mut self, older: &Self) -> Self {
+        self.faults = older.faults.clone();
+        self.inherit_nics(older);
+        self
+    }
+
+    fn inherit_nics(&mut self, older: &Self) {
         let same = |old: &RemoteRegion| self.regions.find(old.start, &mut 0) == Some(old);
         if older.regions.iter().next().is_some() && !older.regions.iter().any(same) {
             return;
         }
-        for nic in &self.nics {
-            let same = older.nics.iter().find(|old| old.name == nic.name);
-            if let Some(old) = same.filter(|_| nic.by_handshake) {
+        for nic in &mut self.nics {
+            let Some(old) = older.nics.iter().find(|old| old.name == nic.name) else { continue };
+            if nic.by_handshake {
                 nic.address.store(old.address.load_full());
+            }
+            if *nic.address.load() == *old.address.load() {
+                nic.health = old.health.clone();
             }
         }
     }
 
-    fn slot(&self, rail: usize, nic: u16) -> &AtomicU64 {
+    fn slot(&self, rail: usize, nic: u16) -> &AtomicU32 {
         debug_assert!(rail < self.rails);
         &self.peers[rail * self.nics.len() + usize::from(nic)]
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        for rail in 0..self.rails {
+            for nic in 0..self.nics.len() as u16 {
+                if let Some(peer) = self.peer(rail, nic) {
+                    let broken = self.broken.get_mut().contains(&(rail, nic));
+                    self.released.add(rail, peer, broken);
+                }
+            }
+        }
     }
 }

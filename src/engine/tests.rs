@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 
-use super::sim::{LOCAL, REMOTE, SimNic, World};
+use super::sim::{LOCAL, OURS, PEER, PERMANENT, PRESSURE, RAIL, REMOTE, SimNic, World};
 use super::*;
 use crate::fabric::Buffer;
 
@@ -24,6 +24,10 @@ struct Bench {
 impl Bench {
     /// An engine over NICs of this depth, with 4 MiB registered here and 4 MiB known there.
     fn new(nics: usize, depth: u32, slice: u64, merge: bool) -> Self {
+        Self::with_tries(nics, depth, slice, merge, 1)
+    }
+
+    fn with_tries(nics: usize, depth: u32, slice: u64, merge: bool, tries: u8) -> Self {
         let world = Arc::new(Mutex::new(World {
             local: (0..SIZE).map(|i| (i % 251) as u8).collect(),
             remote: vec![0; SIZE as usize],
@@ -38,7 +42,8 @@ impl Bench {
                 observed.lock().entry(task.cookie).or_default().push(*task);
             }
         });
-        let settings = Settings { slice, merge, round_robin: false, registering: nics };
+        let settings =
+            Settings { slice, merge, round_robin: false, registering: nics, tries, keep_peers: 2 };
         let engine = Engine::new(sims.collect(), settings, Some(observer));
         let rails: Vec<u16> = (0..nics as u16).collect();
         for part in 0..4 {
@@ -61,18 +66,37 @@ impl Bench {
     }
 
     fn submit(&self, batch: BatchId, requests: &[Request]) -> Result<u32, Refusal> {
-        self.engine.submit(batch, requests.iter().copied(), self.now, FOREVER)
+        self.submit_until(batch, requests, FOREVER)
+    }
+
+    /// Submits as one who has no newer descriptor to give.
+    fn submit_until(
+        &self,
+        batch: BatchId,
+        requests: &[Request],
+        deadline: u64,
+    ) -> Result<u32, Refusal> {
+        loop {
+            match self.engine.submit(batch, requests.iter().copied(), self.now, deadline) {
+                Err(Refusal::OutOfDate { error: None, .. }) => {}
+                done => return done,
+            }
+        }
     }
 
     fn status(&self, batch: BatchId) -> Status {
         self.engine.batch_status(batch).expect("a batch").0
     }
 
-    /// Ends everything in flight, again and again, until the engine is idle.
+    /// Ends everything in flight, again and again, until the engine is idle. Time passes for what is to be
+    /// tried again, as little as that needs.
     fn settle(&self) {
+        let mut now = self.now;
         while !self.engine.is_idle() {
             self.world.lock().end_all();
-            self.engine.progress(self.now);
+            if self.engine.progress(now).events == 0 {
+                now += 1_000_000;
+            }
         }
     }
 }
@@ -249,7 +273,10 @@ fn one_failed_piece_fails_its_task_when_the_rest_is_back() {
     bench.settle();
     assert_eq!(bench.engine.task_status(batch, 0).expect("task"), (Status::Failed, 0));
     let why = bench.engine.task_error(batch, 0).expect("task").expect("it failed");
-    assert_eq!(why, "write of 4096 bytes to far:1 over sim0 failed after 2.000ms: error 5");
+    assert_eq!(
+        why,
+        "write of 4096 bytes to far:1 over sim0 and its far0 failed after 2.000ms: error 5"
+    );
     assert_eq!(bench.engine.task_status(batch, 1).expect("task"), (Status::Completed, 4096));
     assert_eq!(bench.engine.task_error(batch, 1).expect("task"), None);
     assert_eq!(bench.status(batch), Status::Failed);
@@ -307,7 +334,10 @@ fn a_refused_post_fails_its_task() {
     bench.submit(batch, &[bench.request(true, 0, 3 * 4096, 1)]).expect("started");
     assert_eq!(bench.status(batch), Status::Failed);
     let why = bench.engine.task_error(batch, 0).expect("task").expect("it failed");
-    assert_eq!(why, "write of 4096 bytes to far:1 over sim0 failed after 0.000ns: error 22");
+    assert_eq!(
+        why,
+        "write of 12288 bytes to far:1 over sim0 and its far0 failed after 0.000ns: error 22"
+    );
     assert!(bench.engine.is_idle());
     bench.engine.free_batch(batch).expect("freed");
 }
@@ -580,7 +610,14 @@ fn an_observer_that_submits_is_not_called_inside_itself() {
         INSIDE.set(false);
     });
     let nic = SimNic { index: 0, depth: 1, world: Arc::default() };
-    let settings = Settings { slice: 4096, merge: true, round_robin: false, registering: 1 };
+    let settings = Settings {
+        slice: 4096,
+        merge: true,
+        round_robin: false,
+        registering: 1,
+        tries: 9,
+        keep_peers: 8192,
+    };
     let engine = Engine::new(vec![("sim0".into(), nic)], settings, Some(observer));
     TARGET.set(engine.add_target(remote_segment(1)).expect("target")).expect("set once");
     let batch = engine.allocate_batch(COUNT as u32).expect("batch");
@@ -665,18 +702,22 @@ fn a_failure_ends_what_a_handshake_told() {
 #[derive(Clone, Debug)]
 enum Step {
     Submit { count: u8, length: u32, merge_next: bool },
-    End { which: u16, errno: bool },
+    End { which: u16, errno: i32 },
     Pass { nanoseconds: u32 },
     Cancel { which: u8 },
     Again(bool),
+}
+
+/// Mostly none.
+fn errnos() -> impl Strategy<Value = i32> {
+    prop_oneof![8 => Just(0), 2 => prop::sample::select(&[PERMANENT, PEER, RAIL, PRESSURE, OURS][..])]
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         4 => (1..6_u8, 0..40_000_u32, any::<bool>())
             .prop_map(|(count, length, merge_next)| Step::Submit { count, length, merge_next }),
-        6 => (any::<u16>(), prop::bool::weighted(0.1))
-            .prop_map(|(which, errno)| Step::End { which, errno }),
+        6 => (any::<u16>(), errnos()).prop_map(|(which, errno)| Step::End { which, errno }),
         1 => (0..50_000_000_u32).prop_map(|nanoseconds| Step::Pass { nanoseconds }),
         1 => any::<u8>().prop_map(|which| Step::Cancel { which }),
         1 => any::<bool>().prop_map(Step::Again),
@@ -696,8 +737,9 @@ proptest! {
         depth in 1..6_u32,
         slice in 1000..20_000_u64,
         merge in any::<bool>(),
+        tries in 1..4_u8,
     ) {
-        let mut bench = Bench::new(nics, depth, slice, merge);
+        let mut bench = Bench::with_tries(nics, depth, slice, merge, tries);
         let mut batches: Vec<(BatchId, Vec<Request>)> = Vec::new();
         let (mut offset, mut cookie) = (0, 0);
         for step in steps {
@@ -715,8 +757,7 @@ proptest! {
                         cookie += 1;
                     }
                     let deadline = bench.now + 100_000_000;
-                    bench.engine.submit(batch, requests.iter().copied(), bench.now, deadline)
-                        .expect("good requests");
+                    bench.submit_until(batch, &requests, deadline).expect("good requests");
                     batches.push((batch, requests));
                 }
                 Step::End { which, errno } => {
@@ -729,7 +770,7 @@ proptest! {
                             if !here { which -= ops.len(); }
                             here
                         }).expect("within the total").0;
-                        world.end(nic, which, if errno { 5 } else { 0 });
+                        world.end(nic, which, errno);
                     }
                     drop(world);
                     bench.engine.progress(bench.now);
@@ -830,4 +871,261 @@ fn a_buffer_keeps_its_memory() {
     drop(buffer);
     assert_eq!((memory.address(), memory.length()), (address, 8192));
     assert_eq!(memory.part(4096, 4096).address(), address + 4096);
+}
+
+// ---- faults -------------------------------------------------------------------------------------
+
+const MS: u64 = 1_000_000;
+
+impl Bench {
+    /// Ends everything in flight on a NIC like this. How many operations that were.
+    fn end_on(&self, nic: usize, errno: i32) -> usize {
+        let mut world = self.world.lock();
+        let count = world.flying.get(&nic).map_or(0, Vec::len);
+        (0..count).for_each(|_| world.end(nic, 0, errno));
+        count
+    }
+
+    fn pass(&mut self, nanoseconds: u64) {
+        self.now += nanoseconds;
+        self.engine.progress(self.now);
+        self.engine.progress(self.now); // posts what the first found due
+    }
+
+    fn why(&self, batch: BatchId, task: u32) -> String {
+        self.engine.task_error(batch, task).expect("a task").expect("it did not complete")
+    }
+}
+
+#[test]
+fn what_a_nic_fails_goes_over_another() {
+    let mut bench = Bench::with_tries(2, 8, 1 << 20, true, 9);
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    bench.submit(batch, &[bench.request(true, 0, 4096, 0)]).expect("started");
+    let first = usize::from(bench.world.lock().flying.get(&0).is_none_or(Vec::is_empty));
+    for errno in [RAIL, PEER, PRESSURE] {
+        let nic = (0..2).find(|&nic| bench.end_on(nic, errno) > 0).expect("it is in flight");
+        bench.pass(0);
+        assert_eq!(bench.status(batch), Status::Pending);
+        assert!(!bench.engine.is_idle(), "it waits for its next try");
+        assert!(bench.engine.unregister(LOCAL).is_err(), "its memory is not given up meanwhile");
+        assert_eq!(bench.world.lock().in_flight(), 0, "not at once");
+        bench.pass(10 * MS);
+        assert_eq!(bench.world.lock().flying[&(1 - nic)].len(), 1, "over the other");
+    }
+    assert_eq!(bench.end_on(1 - first, 0), 1);
+    bench.pass(0);
+    assert_eq!(bench.status(batch), Status::Completed);
+    let world = bench.world.lock();
+    assert!(world.remote[..4096] == world.local[..4096]);
+    let counters = [0, 1].map(|rail| bench.engine.counters(rail));
+    assert_eq!(counters.iter().map(|it| it.failed).sum::<u64>(), 3);
+    assert_eq!(counters.iter().map(|it| it.retried).sum::<u64>(), 3);
+    assert_eq!(counters.iter().map(|it| it.faults.pressure).sum::<u64>(), 1);
+    let state = &bench.engine.peer_states()[0];
+    assert_eq!((state.retried, state.faults.peer, state.paused.len()), (3, 1, 0));
+}
+
+#[test]
+fn tries_come_to_an_end_and_are_told() {
+    let mut bench = Bench::with_tries(1, 8, 1 << 20, true, 3);
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    bench.submit(batch, &[bench.request(true, 0, 4096, 0)]).expect("started");
+    for _ in 0..3 {
+        assert_eq!(bench.status(batch), Status::Pending);
+        assert_eq!(bench.end_on(0, PEER), 1);
+        bench.pass(0);
+        bench.pass(10 * MS);
+    }
+    assert_eq!(bench.status(batch), Status::Failed);
+    let why = bench.why(batch, 0);
+    assert!(why.ends_with("and 3 tries: error 13"), "{why}");
+    assert!(bench.engine.is_idle());
+}
+
+#[test]
+fn what_is_wrong_in_itself_is_not_tried_again() {
+    for errno in [PERMANENT, OURS] {
+        let mut bench = Bench::with_tries(2, 8, 1 << 20, true, 9);
+        let batch = bench.engine.allocate_batch(1).expect("batch");
+        bench.submit(batch, &[bench.request(true, 0, 4096, 0)]).expect("started");
+        assert_eq!(bench.end_on(0, errno) + bench.end_on(1, errno), 1);
+        bench.pass(0);
+        assert_eq!(bench.status(batch), Status::Failed);
+        // The peer may not have what its descriptor says: whoever submits next should ask.
+        let batch = bench.engine.allocate_batch(1).expect("batch");
+        let request = [bench.request(true, 0, 4096, 1)];
+        let next = bench.engine.submit(batch, request.into_iter(), bench.now, FOREVER);
+        let asks = matches!(next, Err(Refusal::OutOfDate { error: None, .. }));
+        assert_eq!(asks, errno == PERMANENT, "{next:?}");
+        bench.settle();
+    }
+}
+
+#[test]
+fn cancel_and_deadline_end_what_waits_for_its_next_try() {
+    let mut bench = Bench::with_tries(1, 8, 1 << 20, true, 9);
+    let canceled = bench.engine.allocate_batch(1).expect("batch");
+    let late = bench.engine.allocate_batch(1).expect("batch");
+    bench.submit(canceled, &[bench.request(true, 0, 4096, 0)]).expect("started");
+    bench.submit_until(late, &[bench.request(true, 8192, 4096, 1)], MS / 10).expect("started");
+    assert_eq!(bench.end_on(0, PEER), 2);
+    bench.pass(0);
+    bench.engine.cancel(canceled, bench.now).expect("a batch");
+    assert_eq!(bench.engine.task_status(canceled, 0).expect("task").0, Status::Canceled);
+    assert_eq!(bench.status(late), Status::Pending);
+    bench.pass(MS / 10);
+    assert_eq!(bench.engine.task_status(late, 0).expect("task").0, Status::Timeout);
+    assert!(bench.why(late, 0).ends_with("error 13"), "what kept it is told");
+    assert!(bench.engine.is_idle());
+    bench.engine.unregister(LOCAL).expect("quiet");
+}
+
+#[test]
+fn a_nic_that_fails_is_left_out_probed_and_brought_back() {
+    let mut bench = Bench::with_tries(2, 64, 1 << 20, false, 9);
+    let submit = |bench: &Bench, from: u64| {
+        let batch = bench.engine.allocate_batch(16).expect("batch");
+        let requests: Vec<_> =
+            (0..16).map(|i| bench.request(true, (from + i) * 65536, 32768, from + i)).collect();
+        bench.submit(batch, &requests).expect("started");
+        batch
+    };
+    let first = submit(&bench, 0);
+    assert!(bench.end_on(0, RAIL) >= 4);
+    bench.pass(0);
+    assert!(bench.engine.counters(0).paused && !bench.engine.counters(1).paused);
+    let second = submit(&bench, 16);
+    assert_eq!(bench.world.lock().flying[&0].len(), 0, "left out");
+    while !bench.status(first).is_final() || !bench.status(second).is_final() {
+        bench.world.lock().end_all();
+        bench.pass(MS);
+        assert_eq!(bench.world.lock().flying[&0].len(), 0, "retries go elsewhere too");
+    }
+    assert_eq!((bench.status(first), bench.status(second)), (Status::Completed, Status::Completed));
+    bench.pass(200 * MS);
+    let third = submit(&bench, 0);
+    assert!(!bench.world.lock().flying[&0].is_empty(), "a probe");
+    bench.settle();
+    assert_eq!(bench.status(third), Status::Completed);
+    assert!(!bench.engine.counters(0).paused, "brought back");
+}
+
+#[test]
+fn a_dead_peer_is_broken_off_and_others_are_served() {
+    let mut bench = Bench::with_tries(2, 64, 1 << 20, true, 9);
+    let other = RemoteSegment { name: "other:1".into(), ..remote_segment(2) };
+    let other = bench.engine.add_target(other).expect("target");
+    let mut ended = 0;
+    let batch = bench.engine.allocate_batch(64).expect("batch");
+    let requests: Vec<_> = (0..64).map(|i| bench.request(true, i * 40_000, 4096, i)).collect();
+    bench.submit(batch, &requests).expect("started");
+    while !bench.status(batch).is_final() {
+        ended += bench.end_on(0, PEER) + bench.end_on(1, PEER);
+        bench.pass(MS);
+        assert!(ended < 64 * 9 && bench.now < 60_000 * MS);
+    }
+    assert_eq!(bench.status(batch), Status::Failed);
+    let batch = bench.engine.allocate_batch(2).expect("batch");
+    let refused = bench.submit(batch, &requests[..1]);
+    let Err(Refusal::OutOfDate { error: Some(error), .. }) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(error.text.contains("far:1 does not answer: all of its 2 NICs"), "{error}");
+    let again = bench.submit(batch, &requests[..1]);
+    assert!(matches!(again, Err(Refusal::Error(_))), "it was asked for lately: {again:?}");
+    // Though all rails failed with it, another peer is served at once.
+    let living = Request { target: other, ..requests[1] };
+    bench.submit(batch, &[living]).expect("started");
+    bench.settle();
+    assert_eq!(bench.status(batch), Status::Completed);
+    // A newer descriptor with other addresses is another peer.
+    let mut restarted = remote_segment(2);
+    restarted.nics.iter_mut().for_each(|nic| nic.address = Some(Box::new([77])));
+    bench.engine.update_target(bench.target, restarted).expect("updated");
+    bench.submit(batch, &requests[..1]).expect("started");
+    bench.settle();
+    assert_eq!(bench.status(batch), Status::Completed);
+}
+
+#[test]
+fn one_peer_does_not_take_all_credits() {
+    let bench = Bench::with_tries(1, 16, 4096, false, 9);
+    let other = RemoteSegment {
+        name: "other:1".into(),
+        nics: vec![RemoteNic { name: "o".into(), address: Some(Box::new([99])) }],
+        ..remote_segment(1)
+    };
+    let other = bench.engine.add_target(other).expect("target");
+    let batch = bench.engine.allocate_batch(64).expect("batch");
+    let silent: Vec<_> = (0..60).map(|i| bench.request(true, i * 8192, 4096, i)).collect();
+    bench.submit(batch, &silent).expect("started");
+    assert_eq!(bench.world.lock().in_flight(), 12, "three quarters");
+    // The silent one's requests stay where they are; those of the other go on.
+    for i in 60..64 {
+        let living = Request { target: other, ..bench.request(true, i * 8192, 4096, i) };
+        bench.submit(batch, &[living]).expect("started");
+        let mut world = bench.world.lock();
+        let at = world.flying[&0].iter().position(|op| op.peer.0 == 99).expect("posted at once");
+        world.end(0, at, 0);
+        drop(world);
+        bench.engine.progress(bench.now);
+        assert_eq!(bench.engine.task_status(batch, i as u32).expect("task").0, Status::Completed);
+    }
+    bench.settle();
+    assert_eq!(bench.status(batch), Status::Completed, "nothing was left lying");
+}
+
+#[test]
+fn a_peer_that_the_provider_puts_off_does_not_hold_up_others() {
+    let bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
+    let other = RemoteSegment {
+        name: "other:1".into(),
+        nics: vec![RemoteNic { name: "o".into(), address: Some(Box::new([99])) }],
+        ..remote_segment(1)
+    };
+    let other = bench.engine.add_target(other).expect("target");
+    let batch = bench.engine.allocate_batch(2).expect("batch");
+    bench.engine.warm_up(other).expect("connected");
+    bench.world.lock().again_for = Some(0);
+    bench.submit(batch, &[bench.request(true, 0, 4096, 0)]).expect("started");
+    let living = Request { target: other, ..bench.request(true, 8192, 4096, 1) };
+    bench.submit(batch, &[living]).expect("started");
+    assert_eq!(bench.world.lock().in_flight(), 1, "posted at once");
+    bench.end_on(0, 0);
+    bench.engine.progress(bench.now);
+    assert_eq!(bench.engine.task_status(batch, 1).expect("task").0, Status::Completed);
+    assert_eq!(bench.engine.task_status(batch, 0).expect("task").0, Status::Pending);
+    bench.world.lock().again_for = None;
+    bench.settle();
+    assert_eq!(bench.status(batch), Status::Completed);
+}
+
+#[test]
+fn peers_that_come_and_go_leave_nothing_behind() {
+    let bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
+    let known = |bench: &Bench| bench.engine.rails[0].peers(&bench.engine.shared);
+    for round in 0..200_u8 {
+        let segment = RemoteSegment {
+            nics: vec![RemoteNic { name: "n".into(), address: Some(Box::new([round])) }],
+            ..remote_segment(1)
+        };
+        let target = bench.engine.add_target(segment).expect("target");
+        let batch = bench.engine.allocate_batch(1).expect("batch");
+        let request = Request { target, ..bench.request(true, 0, 4096, u64::from(round)) };
+        bench.submit(batch, &[request]).expect("started");
+        if round % 3 == 0 {
+            // Closed with an operation in flight: its peer stays until that is back.
+            bench.engine.remove_target(target).expect("closed");
+            assert!(bench.world.lock().peers.contains(&(0, u64::from(round))));
+            bench.settle();
+        } else {
+            bench.settle();
+            bench.engine.remove_target(target).expect("closed");
+        }
+        bench.engine.admit(0, &[200 + round % 50]).expect("known");
+        bench.engine.free_batch(batch).expect("freed");
+        assert!(known(&bench) <= 3, "two that may stay, and one more");
+    }
+    assert_eq!(bench.world.lock().peers.len(), known(&bench));
 }

@@ -192,7 +192,11 @@ unsafe impl Send for Completed {}
 #[derive(Clone, Debug)]
 pub struct CompletionError {
     context: usize,
-    /// libfabric's errno and the provider's (for `efa` the device's completion status), in words.
+    /// libfabric's errno.
+    pub errno: i32,
+    /// The provider's; for `efa` the device's completion status.
+    pub provider_errno: i32,
+    /// Both in words.
     pub text: String,
 }
 
@@ -343,6 +347,8 @@ impl CompletionQueue {
         };
         Some(CompletionError {
             context: entry.op_context as usize,
+            errno: entry.err,
+            provider_errno: entry.prov_errno,
             text: format!(
                 "{} (error {}, provider's {}: {detail})",
                 self.domain.lib().strerror(entry.err),

@@ -10,6 +10,7 @@ use crate::fabric::{
     self, AddressVector, Completed, CompletionQueue, Domain, Endpoint, EventQueue, Fabric, Info,
     Libfabric, Memory, MemoryKind, MemoryRegion, Query,
 };
+use crate::fault::Fault;
 use crate::hmem;
 
 /// Completions taken at once.
@@ -101,6 +102,7 @@ pub struct FabricNic {
     /// log2 of the contexts of one generation.
     context_bits: u32,
     delivery: bool,
+    is_efa: bool,
     generations: Box<[u8]>,
     regions: Vec<Option<MemoryRegion>>,
     next_key: u64,
@@ -143,7 +145,8 @@ impl FabricNic {
             // asked to, and so must the `efa` provider where it emulates writes, or might (1.17
             // does not tell).
             let (emulated_writes, _) = endpoint.emulation();
-            let delivery = info.provider() != "efa" || emulated_writes != Some(false);
+            let is_efa = info.provider() == "efa";
+            let delivery = !is_efa || emulated_writes != Some(false);
             let mut nic = Self {
                 info,
                 endpoint,
@@ -153,6 +156,7 @@ impl FabricNic {
                 depth,
                 context_bits,
                 delivery,
+                is_efa,
                 generations: vec![0; depth as usize].into(),
                 regions: Vec::new(),
                 next_key: first_key(),
@@ -276,6 +280,15 @@ impl Nic for FabricNic {
         Ok(peer)
     }
 
+    fn disconnect(&mut self, peer: PeerAddress) -> Result<()> {
+        self.peers.retain(|_, known| *known != peer);
+        self.addresses.remove(peer)
+    }
+
+    fn connects(&self) -> bool {
+        !self.is_efa
+    }
+
     fn post(&mut self, operation: &Operation) -> Post {
         let slot = operation.slot as usize;
         let (Some(&generation), Some(Some(region))) =
@@ -298,7 +311,7 @@ impl Nic for FabricNic {
         )
     }
 
-    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, String)>) {
+    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, Fault)>) {
         let mut slot_of = |context: Option<u32>| {
             let slot = context.and_then(|context| {
                 let slot = context & ((1 << self.context_bits) - 1);
@@ -323,7 +336,8 @@ impl Nic for FabricNic {
                     if context.is_none() {
                         log::warn!("an error that belongs to no transfer: {}", error.text);
                     }
-                    failed.push((slot_of(context), error.text));
+                    let device = self.is_efa.then_some(error.provider_errno);
+                    failed.push((slot_of(context), Fault::new(error.errno, device, error.text)));
                 }
             }
             Err(Some(errno)) => {
@@ -340,8 +354,8 @@ impl Nic for FabricNic {
         }
     }
 
-    fn explain(&self, errno: i32) -> String {
-        format!("{} (error {errno})", self.lib.strerror(errno))
+    fn explain(&self, errno: i32) -> Fault {
+        Fault::new(errno, None, format_args!("{} (error {errno})", self.lib.strerror(errno)))
     }
 }
 

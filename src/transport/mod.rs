@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 
 use crate::config::{Config, NicSelection};
 use crate::engine::{
-    BatchId, Engine, Nic, Observer, Progress, Refusal, Registration, RemoteBuffer, RemoteNic,
+    BatchId, Engine, Observer, Progress, Refusal, Registration, RemoteBuffer, RemoteNic,
     RemoteSegment, Request, Settings, Status, TargetId,
 };
 use crate::error::{Code, Error, Result};
@@ -46,6 +46,9 @@ const WORTH_ASKING: u64 = 64 << 20;
 const DEVICE_PAGE: u64 = 64 << 10;
 /// How often [`Transport::progress`] looks for what is overdue, nanoseconds.
 const EXPIRE_EVERY: u64 = 100_000_000;
+/// Peers that stay known to a NIC without an open segment: those who transfer to us have none, and their
+/// devices want to be known here. More than hosts in most clusters; 365 bytes each, and the provider's own.
+const KEEP_PEERS: usize = 8192;
 /// Longest wait for operations in flight when a transport is dropped.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -203,6 +206,8 @@ impl Transport {
                     .map_or(1, |cores| cores.get().min(MAX_REGISTERING)),
                 (_, threads) => threads,
             },
+            tries: config.retry_count.clamp(1, u8::MAX.into()) as u8,
+            keep_peers: config.av_size.min(KEEP_PEERS),
         };
         let tables = (provider == "efa").then(|| Tables::new(names.len(), pages::ENTRIES));
         let threads = match config.pollers {
@@ -420,8 +425,7 @@ impl Transport {
             }
             (_, None) => answer.reply_msg = "efa_addr is not a hexadecimal address".to_owned(),
             (Some(rail), Some(address)) => {
-                let connect = |nic: &mut FabricNic| Nic::connect(nic, &address).map(drop);
-                let connected = shared.engine.with_nic(rail, connect);
+                let connected = shared.engine.admit(rail, &address);
                 answer.efa_addr = segment::hex_encode(&shared.addresses[rail]);
                 if let Err(error) = connected {
                     answer.efa_addr.clear();
@@ -748,6 +752,21 @@ impl Shared {
                     fetched = true;
                     let newer = self.fetch(&self.engine.target_name(target)?)?;
                     self.engine.update_target(target, self.remote(&newer)?)?;
+                }
+                Some(Refusal::OutOfDate { target, error }) => {
+                    let newer = match &self.host {
+                        Some(_) if !fetched => self.fetch(&self.engine.target_name(target)?),
+                        _ => Err(Error::new(Code::Metadata, "")),
+                    };
+                    fetched = true;
+                    match (newer, error) {
+                        (Ok(newer), _) => {
+                            self.engine.update_target(target, self.remote(&newer)?)?;
+                        }
+                        (Err(_), Some(error)) => return Err(error),
+                        // Nothing newer is to be had, and what we have may do.
+                        (Err(_), None) => {}
+                    }
                 }
                 Some(Refusal::NeedsHandshake { rail, nic, target }) => {
                     self.shake_hands(rail, nic, target)?;

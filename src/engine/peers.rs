@@ -1,0 +1,213 @@
+//! The peers of one rail: their places in the provider's address vector, and what each has in flight.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+
+use super::nic::{Nic, PeerAddress};
+use super::rail::Span;
+use crate::error::Result;
+
+/// A peer's number on one rail.
+pub(super) type PeerIndex = u32;
+
+/// How many times as many operations one peer may have in flight as there are free: the rule of dynamic
+/// thresholds (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches",
+/// 1998). A peer alone may take three quarters of the rail, `n` of them 3/(3n+1) each; some are left always
+/// for one that comes new, so that those who do not answer cannot keep others from being served.
+const THRESHOLD: usize = 3;
+
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub address: PeerAddress,
+    /// Operations in flight.
+    pub flying: u32,
+    /// Targets that use it.
+    users: u32,
+    /// Its connection broke: it is to be forgotten as soon as it is quiet.
+    broken: bool,
+    /// Taken from the rail's queue, and kept until the peer may have more in flight.
+    pub waiting: VecDeque<Span>,
+    /// Poll up to which the provider is not asked to take more for it.
+    pub held_until: u64,
+}
+
+impl Peer {
+    /// Whether one more operation may be posted to it, with `free` slots left.
+    pub fn may_fly(&self, free: usize) -> bool {
+        (self.flying as usize) < THRESHOLD * free
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.flying == 0 && self.waiting.is_empty()
+    }
+}
+
+/// The peers of one rail.
+#[derive(Debug)]
+pub(super) struct Peers {
+    entries: Vec<Option<Peer>>,
+    free: Vec<PeerIndex>,
+    by_address: HashMap<u64, PeerIndex>,
+    /// Those without users, the oldest first. They stay in the address vector, since a peer may be
+    /// transferring to us, for which its device wants to be in ours.
+    unused: VecDeque<PeerIndex>,
+    /// How many of them may stay.
+    keep: usize,
+    /// How many of them are broken.
+    broken: usize,
+    /// Peers with something waiting, in turn.
+    pub blocked: VecDeque<PeerIndex>,
+}
+
+impl Peers {
+    pub fn new(keep: usize) -> Self {
+        Self {
+            entries: Vec::new(),
+            free: Vec::new(),
+            by_address: HashMap::new(),
+            unused: VecDeque::new(),
+            keep,
+            broken: 0,
+            blocked: VecDeque::new(),
+        }
+    }
+
+    /// A peer that a span or a flight refers to.
+    #[inline]
+    pub fn at(&mut self, peer: PeerIndex) -> &mut Peer {
+        self.entries[peer as usize].as_mut().expect("what refers to a peer keeps it")
+    }
+
+    /// The provider was found not to want more for this peer, at `poll` lately.
+    pub fn is_held(&self, peer: PeerIndex, poll: u64) -> bool {
+        self.entries[peer as usize].as_ref().is_some_and(|peer| poll < peer.held_until)
+    }
+
+    /// How many are known.
+    pub fn len(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+
+    /// The peer with this address of an endpoint, known from now on, with one more user.
+    pub fn connect(&mut self, nic: &mut impl Nic, address: &[u8]) -> Result<PeerIndex> {
+        let found = nic.connect(address)?;
+        if let Some(&index) = self.by_address.get(&found.0) {
+            let peer = self.at(index);
+            peer.users += 1;
+            if peer.users == 1 {
+                self.broken -= usize::from(self.at(index).broken);
+                self.unused.retain(|&unused| unused != index);
+            }
+            return Ok(index);
+        }
+        let peer = Peer {
+            address: found,
+            flying: 0,
+            users: 1,
+            broken: false,
+            waiting: VecDeque::new(),
+            held_until: 0,
+        };
+        let index = match self.free.pop() {
+            Some(index) => {
+                self.entries[index as usize] = Some(peer);
+                index
+            }
+            None => {
+                self.entries.push(Some(peer));
+                (self.entries.len() - 1) as PeerIndex
+            }
+        };
+        self.by_address.insert(found.0, index);
+        Ok(index)
+    }
+
+    /// One user less.
+    pub fn release(&mut self, index: PeerIndex, broken: bool) {
+        let peer = self.at(index);
+        peer.users -= 1;
+        peer.broken |= broken;
+        if peer.users == 0 {
+            let broken = peer.broken;
+            self.unused.push_back(index);
+            self.broken += usize::from(broken);
+        }
+    }
+
+    /// Whether some are to be forgotten.
+    fn has_leavers(&self) -> bool {
+        self.broken > 0 || self.unused.len() > self.keep
+    }
+
+    /// Forgets peers without users: those that are broken, and the oldest if there are too many. Only what is
+    /// quiet: nothing in flight, waiting, or (`queued`) on its way to be posted.
+    pub fn forget(&mut self, nic: &mut impl Nic, queued: impl Fn(PeerIndex) -> bool) {
+        let mut surplus = self.unused.len().saturating_sub(self.keep);
+        for _ in 0..self.unused.len() {
+            if !self.has_leavers() {
+                break;
+            }
+            let index = self.unused.pop_front().expect("counted");
+            let peer = self.at(index);
+            let (goes, broken) = (peer.broken || surplus > 0, peer.broken);
+            if !goes || !peer.is_quiet() || queued(index) {
+                self.unused.push_back(index);
+                continue;
+            }
+            surplus = surplus.saturating_sub(1);
+            let address = peer.address;
+            self.broken -= usize::from(broken);
+            self.entries[index as usize] = None;
+            self.by_address.remove(&address.0);
+            self.free.push(index);
+            if let Err(error) = nic.disconnect(address) {
+                log::warn!("forgetting a peer's address: {error}");
+            }
+        }
+    }
+
+    /// All that waits, to keep or to give up.
+    pub fn retain_waiting(&mut self, mut keep: impl FnMut(&Span) -> bool) {
+        let Self { entries, blocked, .. } = self;
+        blocked.retain(|&index| {
+            let peer = entries[index as usize].as_mut().expect("a blocked peer stays");
+            peer.waiting.retain(&mut keep);
+            !peer.waiting.is_empty()
+        });
+    }
+}
+
+/// Peers that targets have no use for any more, by rail, for their rails to take note of: a target is
+/// dropped by whoever used it last, who may not wait for a rail.
+pub(super) struct Released(Box<[OfRail]>);
+
+#[derive(Default)]
+struct OfRail {
+    any: AtomicBool,
+    /// And whether its connection is broken.
+    peers: Mutex<Vec<(PeerIndex, bool)>>,
+}
+
+impl Released {
+    pub fn new(rails: usize) -> Self {
+        Self((0..rails).map(|_| OfRail::default()).collect())
+    }
+
+    pub fn add(&self, rail: usize, peer: PeerIndex, broken: bool) {
+        let own = &self.0[rail];
+        own.peers.lock().push((peer, broken));
+        own.any.store(true, Ordering::Release);
+    }
+
+    /// Takes what was added for a rail. One load if that is nothing.
+    pub fn take(&self, rail: usize, mut each: impl FnMut(PeerIndex, bool)) {
+        let own = &self.0[rail];
+        if own.any.load(Ordering::Acquire) {
+            let mut peers = own.peers.lock();
+            own.any.store(false, Ordering::Relaxed);
+            peers.drain(..).for_each(|(peer, broken)| each(peer, broken));
+        }
+    }
+}
