@@ -47,7 +47,8 @@ impl Peer {
 /// The peers of one rail.
 #[derive(Debug)]
 pub(super) struct Peers {
-    entries: Vec<Option<Peer>>,
+    entries: Vec<Peer>,
+    /// Places of peers that were forgotten.
     free: Vec<PeerIndex>,
     by_address: HashMap<u64, PeerIndex>,
     /// Those without users, the oldest first. They stay in the address vector, since a peer may be
@@ -77,12 +78,21 @@ impl Peers {
     /// A peer that a span or a flight refers to.
     #[inline]
     pub fn at(&mut self, peer: PeerIndex) -> &mut Peer {
-        self.entries[peer as usize].as_mut().expect("what refers to a peer keeps it")
+        &mut self.entries[peer as usize]
+    }
+
+    /// Puts a span off until its peer may have more.
+    pub fn wait(&mut self, span: Span) {
+        let peer = self.at(span.peer);
+        peer.waiting.push_back(span);
+        if peer.waiting.len() == 1 {
+            self.blocked.push_back(span.peer);
+        }
     }
 
     /// The provider was found not to want more for this peer, at `poll` lately.
     pub fn is_held(&self, peer: PeerIndex, poll: u64) -> bool {
-        self.entries[peer as usize].as_ref().is_some_and(|peer| poll < peer.held_until)
+        poll < self.entries[peer as usize].held_until
     }
 
     /// How many are known.
@@ -112,11 +122,11 @@ impl Peers {
         };
         let index = match self.free.pop() {
             Some(index) => {
-                self.entries[index as usize] = Some(peer);
+                self.entries[index as usize] = peer;
                 index
             }
             None => {
-                self.entries.push(Some(peer));
+                self.entries.push(peer);
                 (self.entries.len() - 1) as PeerIndex
             }
         };
@@ -159,7 +169,6 @@ impl Peers {
             surplus = surplus.saturating_sub(1);
             let address = peer.address;
             self.broken -= usize::from(broken);
-            self.entries[index as usize] = None;
             self.by_address.remove(&address.0);
             self.free.push(index);
             if let Err(error) = nic.disconnect(address) {
@@ -172,7 +181,7 @@ impl Peers {
     pub fn retain_waiting(&mut self, mut keep: impl FnMut(&Span) -> bool) {
         let Self { entries, blocked, .. } = self;
         blocked.retain(|&index| {
-            let peer = entries[index as usize].as_mut().expect("a blocked peer stays");
+            let peer = &mut entries[index as usize];
             peer.waiting.retain(&mut keep);
             !peer.waiting.is_empty()
         });

@@ -17,7 +17,7 @@ use super::batch::{Batches, Ended, GroupRef, Groups, Status};
 use super::failure::Failure;
 use super::health::Health;
 use super::nic::{Nic, Operation, Post};
-use super::peers::{PeerIndex, Peers, Released};
+use super::peers::{Peer, PeerIndex, Peers, Released};
 use super::region::Users;
 use super::table::Table;
 use super::target::Target;
@@ -94,6 +94,97 @@ pub(super) struct Broken {
     pub tries: u8,
     pub write: bool,
     pub fault: Fault,
+}
+
+/// What is needed to post.
+struct Posting<'a, N> {
+    rail: &'a Rail<N>,
+    shared: &'a Shared,
+    groups: Groups<'a>,
+    nic: &'a mut N,
+    flights: &'a mut [Flight],
+    free: &'a mut Vec<u32>,
+    slice: u64,
+    now: u64,
+    outcome: &'a mut Outcome,
+}
+
+impl<N: Nic> Posting<'_, N> {
+    /// Posts a span to its peer, or as much of it as goes in one operation.
+    #[inline(always)]
+    fn post(&mut self, peer: &mut Peer, span: &mut Span) -> Step {
+        let group = self.groups.get(span.group);
+        if self.now >= group.deadline() && !group.is_condemned() {
+            let (group, length) = (span.group, span.length);
+            self.rail.time_out(self.shared, group, length, self.now, NOT_POSTED, self.outcome);
+        }
+        if group.is_condemned() {
+            let mut ends = Ends::new(self.rail, self.shared, &mut self.outcome.ended);
+            ends.end(span.group, span.length, span.region);
+            return Step::Gone;
+        }
+        let Some(&slot) = self.free.last() else { return Step::Full };
+        let length = span.length.min(self.slice);
+        let operation = Operation {
+            write: span.write,
+            local: span.local,
+            length,
+            region: span.region,
+            peer: peer.address,
+            remote: span.remote - span.base,
+            key: span.key,
+            slot,
+        };
+        match self.nic.post(&operation) {
+            Post::Done => {
+                self.free.pop();
+                peer.flying += 1;
+                self.flights[slot as usize] = Flight {
+                    group: span.group,
+                    local: span.local,
+                    remote: span.remote,
+                    length: length as u32,
+                    peer: span.peer,
+                    region: span.region,
+                    tries: span.tries.saturating_add(1),
+                    state: if span.write { State::Write } else { State::Read },
+                    told: false,
+                };
+                if length == span.length {
+                    // The operation takes over the span's use of the region.
+                    return Step::Whole;
+                }
+                self.shared.users.enter_more(span.region, 1);
+                span.local += length;
+                span.remote += length;
+                span.length -= length;
+                Step::Part
+            }
+            Post::Again => Step::Again,
+            Post::Failed(errno) => {
+                self.refused(span, errno);
+                Step::Gone
+            }
+        }
+    }
+
+    #[cold]
+    fn refused(&mut self, span: &Span, errno: i32) {
+        let fault = self.nic.explain(errno);
+        add(&self.rail.counters.faults[fault.class as usize], 1);
+        self.outcome.broken.push(Broken {
+            rail: self.rail.index,
+            group: span.group,
+            local: span.local,
+            remote: span.remote,
+            length: span.length,
+            peer: span.peer,
+            region: span.region,
+            tries: span.tries.saturating_add(1),
+            write: span.write,
+            fault,
+        });
+    }
 }
 
 /// How a post of a span went.
@@ -484,7 +575,9 @@ impl<N: Nic> Rail<N> {
             free.push(slot);
             let peer = peers.at(flight.peer);
             (peer.flying, peer.held_until) = (peer.flying - 1, 0);
-            Some(std::mem::replace(flight, Flight { state: State::Free, ..*flight }))
+            let landed = *flight;
+            flight.state = State::Free;
+            Some(landed)
         };
         let ailing = shared.is_ailing(now);
         let (mut count, mut written, mut read) = (0, 0, 0);
@@ -559,81 +652,73 @@ impl<N: Nic> Rail<N> {
         now: u64,
         outcome: &mut Outcome,
     ) -> usize {
-        let mut groups = shared.batches.groups();
-        let slice = shared.slice.min(driver.nic.max_length());
+        let Driver { nic, flights, free, taken, peers, polls, hold_off, .. } = driver;
+        let slice = shared.slice.min(nic.max_length());
+        let groups = shared.batches.groups();
+        let mut posting =
+            Posting { rail: self, shared, groups, nic, flights, free, slice, now, outcome };
         let mut posted = 0;
         let mut again = false;
         // Those who had to wait come first, each in turn, until none may have more.
         let mut idle = 0;
-        while posted < TURN && !again && idle < driver.peers.blocked.len() {
-            let Some(peer) = driver.peers.blocked.pop_front() else { break };
+        while posted < TURN && !again && idle < peers.blocked.len() {
+            let Some(index) = peers.blocked.pop_front() else { break };
             idle += 1;
-            let (free, polls) = (driver.free.len(), driver.polls);
-            let own = driver.peers.at(peer);
-            if own.may_fly(free) && polls >= own.held_until {
-                if let Some(mut span) = own.waiting.pop_front() {
-                    let step =
-                        self.post_one(driver, shared, &mut groups, slice, &mut span, now, outcome);
+            let peer = peers.at(index);
+            if peer.may_fly(posting.free.len()) && *polls >= peer.held_until {
+                if let Some(mut span) = peer.waiting.pop_front() {
+                    let step = posting.post(peer, &mut span);
+                    if let Step::Part | Step::Again | Step::Full = step {
+                        peer.waiting.push_front(span);
+                    }
                     match step {
                         Step::Whole | Step::Part => (posted, idle) = (posted + 1, 0),
                         Step::Gone => idle = 0,
                         Step::Full => {}
-                        Step::Again => again = self.put_off(driver, peer),
-                    }
-                    if let Step::Part | Step::Again | Step::Full = step {
-                        driver.peers.at(peer).waiting.push_front(span);
+                        Step::Again => again = self.put_off(peers, *polls, index),
                     }
                 }
             }
-            if !driver.peers.at(peer).waiting.is_empty() {
-                driver.peers.blocked.push_back(peer);
+            if !peers.at(index).waiting.is_empty() {
+                peers.blocked.push_back(index);
             }
         }
         while posted < TURN && !again {
-            if driver.taken.is_empty() {
-                std::mem::swap(&mut driver.taken, &mut *self.queue.lock());
+            if taken.is_empty() {
+                std::mem::swap(taken, &mut *self.queue.lock());
             }
-            let Some(&span) = driver.taken.front() else { break };
-            let free = driver.free.len();
-            let peer = driver.peers.at(span.peer);
-            if free > 0 && (!peer.waiting.is_empty() || !peer.may_fly(free)) {
-                let first = peer.waiting.is_empty();
-                peer.waiting.push_back(span);
-                driver.taken.pop_front();
-                if first {
-                    add(&self.counters.starved, 1);
-                    driver.peers.blocked.push_back(span.peer);
-                }
+            let Some(span) = taken.front_mut() else { break };
+            let (index, free) = (span.peer, posting.free.len());
+            let peer = peers.at(index);
+            if free > 0 && !(peer.may_fly(free) && peer.waiting.is_empty()) {
+                add(&self.counters.starved, 1);
+                peers.wait(*span);
+                taken.pop_front();
                 continue;
             }
-            let mut rest = span;
-            match self.post_one(driver, shared, &mut groups, slice, &mut rest, now, outcome) {
+            match posting.post(peer, span) {
                 Step::Whole => {
-                    driver.taken.pop_front();
+                    taken.pop_front();
                     posted += 1;
                 }
-                Step::Part => {
-                    driver.taken[0] = rest;
-                    posted += 1;
-                }
-                Step::Gone => drop(driver.taken.pop_front()),
+                Step::Part => posted += 1,
+                Step::Gone => drop(taken.pop_front()),
                 Step::Full => {
                     add(&self.counters.starved, 1);
                     break;
                 }
                 Step::Again => {
-                    again = self.put_off(driver, span.peer);
+                    again = self.put_off(peers, *polls, index);
                     if !again {
                         // The others need not wait for this one.
-                        driver.taken.pop_front();
-                        driver.peers.at(span.peer).waiting.push_back(span);
-                        driver.peers.blocked.push_back(span.peer);
+                        peers.wait(*span);
+                        taken.pop_front();
                     }
                 }
             }
         }
         if again {
-            driver.hold_off = HOLD_OFF;
+            *hold_off = HOLD_OFF;
         }
         if posted > 0 {
             add(&self.counters.posted, posted as u64);
@@ -643,94 +728,12 @@ impl<N: Nic> Rail<N> {
 
     /// The provider does not take more for this peer now. True if it is not to be asked for anybody either:
     /// it was not the only one, or there is no other.
-    fn put_off(&self, driver: &mut Driver<N>, peer: PeerIndex) -> bool {
+    #[cold]
+    fn put_off(&self, peers: &mut Peers, polls: u64, peer: PeerIndex) -> bool {
         add(&self.counters.put_off, 1);
-        let (polls, peers) = (driver.polls, &mut driver.peers);
         peers.at(peer).held_until = polls + u64::from(HOLD_OFF);
         peers.len() == 1
             || peers.blocked.iter().any(|&other| other != peer && peers.is_held(other, polls))
-    }
-
-    /// Posts a span, or as much as goes in one operation.
-    #[inline]
-    #[allow(clippy::too_many_arguments)]
-    fn post_one(
-        &self,
-        driver: &mut Driver<N>,
-        shared: &Shared,
-        groups: &mut Groups,
-        slice: u64,
-        span: &mut Span,
-        now: u64,
-        outcome: &mut Outcome,
-    ) -> Step {
-        let Driver { nic, flights, free, peers, .. } = driver;
-        let group = groups.get(span.group);
-        if now >= group.deadline() && !group.is_condemned() {
-            self.time_out(shared, span.group, span.length, now, NOT_POSTED, outcome);
-        }
-        if group.is_condemned() {
-            let mut ends = Ends::new(self, shared, &mut outcome.ended);
-            ends.end(span.group, span.length, span.region);
-            return Step::Gone;
-        }
-        let Some(&slot) = free.last() else { return Step::Full };
-        let peer = peers.at(span.peer);
-        let length = span.length.min(slice);
-        let operation = Operation {
-            write: span.write,
-            local: span.local,
-            length,
-            region: span.region,
-            peer: peer.address,
-            remote: span.remote - span.base,
-            key: span.key,
-            slot,
-        };
-        match nic.post(&operation) {
-            Post::Done => {
-                free.pop();
-                peer.flying += 1;
-                flights[slot as usize] = Flight {
-                    group: span.group,
-                    local: span.local,
-                    remote: span.remote,
-                    length: length as u32,
-                    peer: span.peer,
-                    region: span.region,
-                    tries: span.tries.saturating_add(1),
-                    state: if span.write { State::Write } else { State::Read },
-                    told: false,
-                };
-                if length == span.length {
-                    // The operation takes over the span's use of the region.
-                    return Step::Whole;
-                }
-                shared.users.enter_more(span.region, 1);
-                span.local += length;
-                span.remote += length;
-                span.length -= length;
-                Step::Part
-            }
-            Post::Again => Step::Again,
-            Post::Failed(errno) => {
-                let fault = nic.explain(errno);
-                add(&self.counters.faults[fault.class as usize], 1);
-                outcome.broken.push(Broken {
-                    rail: self.index,
-                    group: span.group,
-                    local: span.local,
-                    remote: span.remote,
-                    length: span.length,
-                    peer: span.peer,
-                    region: span.region,
-                    tries: span.tries.saturating_add(1),
-                    write: span.write,
-                    fault,
-                });
-                Step::Gone
-            }
-        }
     }
 
     /// Ends what is past its deadline. What is queued is given up; what is in flight stays the
