@@ -7,6 +7,8 @@
 mod batch;
 mod failure;
 mod health;
+#[cfg(all(test, loom))]
+mod models;
 mod nic;
 mod peers;
 mod plan;
@@ -25,11 +27,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
 use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
+use crate::sync::ArcSwapOption;
 use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
 use failure::FailureLog;

@@ -2,9 +2,9 @@
 //! which NIC.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 
 use super::table::Table;
+use crate::sync::{AtomicI64, Ordering};
 
 /// A local region: one registration, on some or all rails.
 #[derive(Clone, Debug)]
