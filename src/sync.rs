@@ -88,12 +88,35 @@ mod substitute {
             Self(Mutex::new(None))
         }
 
+        pub fn load(&self) -> Guard<T> {
+            Guard(self.load_full())
+        }
+
         pub fn load_full(&self) -> Option<Arc<T>> {
             self.0.lock().clone()
         }
 
         pub fn store(&self, value: Option<Arc<T>>) {
             *self.0.lock() = value;
+        }
+
+        pub fn compare_and_swap(&self, current: &Option<Arc<T>>, new: Option<Arc<T>>) -> Guard<T> {
+            let mut value = self.0.lock();
+            let before = value.clone();
+            if before.as_ref().map(Arc::as_ptr) == current.as_ref().map(Arc::as_ptr) {
+                *value = new;
+            }
+            Guard(before)
+        }
+    }
+
+    pub(crate) struct Guard<T>(Option<Arc<T>>);
+
+    impl<T> std::ops::Deref for Guard<T> {
+        type Target = Option<Arc<T>>;
+
+        fn deref(&self) -> &Self::Target {
+            &self.0
         }
     }
 }

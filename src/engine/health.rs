@@ -1,6 +1,6 @@
 //! Circuit breakers: a NIC, ours or a peer's, that fails again and again is paused, probed, brought back.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 /// Failures without a success between them that pause it. (Of operations of which one in two hundred
 /// fails, four in a row do so once in a billion.)

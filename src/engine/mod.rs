@@ -25,14 +25,14 @@ mod tests;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
 use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
-use crate::sync::ArcSwapOption;
+use crate::sync::{ArcSwapOption, AtomicU64};
 use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
 use failure::FailureLog;
@@ -356,7 +356,7 @@ impl<N: Nic> Engine<N> {
                 let share = if registration.shares > 1 { offset / shared } else { 0 };
                 let end = if registration.shares > 1 { (share + 1) * shared } else { length };
                 let part = (end.min(length) - offset).min(registration.largest.max(1));
-                let Some(number) = self.shared.users.open() else {
+                let Some(number) = self.shared.users.reserve() else {
                     give_back(&made);
                     return Err(Error::new(Code::TooManyRequests, "too many memory regions"));
                 };
@@ -387,6 +387,7 @@ impl<N: Nic> Engine<N> {
                 }
                 _ => registration.senders_of(*share),
             };
+            self.shared.users.open(*number);
             regions.push(LocalRegion { start, end, number: *number, rails });
             result[*index].push(Registered {
                 address: start,
@@ -514,7 +515,7 @@ impl<N: Nic> Engine<N> {
         for (closed, (number, ..)) in record.regions.iter().enumerate() {
             if let Err(count) = users.close(*number) {
                 for (number, ..) in &record.regions[..closed] {
-                    users.reopen(*number);
+                    users.open(*number);
                 }
                 return Err(Error::new(
                     Code::Busy,

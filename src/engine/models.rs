@@ -8,7 +8,7 @@ use loom::thread::{self, JoinHandle};
 
 use super::batch::{Aim, BatchId, Batches, Ended, GroupRef, Status};
 use super::failure::Failure;
-use super::region::Users;
+use super::region::{Number, Users};
 use super::table::{Seal, Table};
 use crate::sync::{AtomicU32, Ordering};
 
@@ -109,7 +109,16 @@ const AIM: Aim = Aim { target: 0, write: true };
 const LATE: u64 = 1_000_000_000;
 
 fn failure() -> Failure {
-    Failure { write: true, length: 1, peer: None, nic: None, age: 0, cause: "why".into() }
+    Failure {
+        write: true,
+        length: 1,
+        peer: None,
+        peer_nic: None,
+        nic: None,
+        age: 0,
+        tries: 1,
+        cause: "why".into(),
+    }
 }
 
 struct World {
@@ -300,7 +309,7 @@ fn a_task_that_failed_says_why() {
         let pin = world.batches.pin(batch).expect("a batch");
         let (status, _) = pin.task(0).expect("a task");
         assert!(matches!(status, Status::Pending | Status::Failed));
-        assert_eq!(pin.failure(0).expect("a task").is_some(), pin.status() == Status::Failed);
+        assert!(status == Status::Pending || pin.failure(0).expect("a task").is_some());
         drop(pin);
         join(failing);
         join(other);
@@ -455,11 +464,19 @@ struct Regions {
     registered: Bytes,
 }
 
+impl Regions {
+    fn open(&self) -> Number {
+        let number = self.users.reserve().expect("room");
+        self.users.open(number);
+        number
+    }
+}
+
 #[test]
 fn a_region_is_not_unregistered_under_a_piece() {
     check(3, || {
         let regions = Arc::<Regions>::default();
-        let number = regions.users.open().expect("room");
+        let number = regions.open();
         let submit = move |regions: &Regions| {
             if regions.users.enter(number) {
                 regions.registered.read();
@@ -488,7 +505,7 @@ fn a_region_is_not_unregistered_under_a_piece() {
 fn a_number_used_again_starts_with_nobody_inside() {
     check(None, || {
         let regions = Arc::<Regions>::default();
-        let old = regions.users.open().expect("room");
+        let old = regions.open();
         let late = spawn(&regions, move |regions| {
             if regions.users.enter(old) {
                 regions.registered.read();
@@ -498,7 +515,7 @@ fn a_number_used_again_starts_with_nobody_inside() {
         if regions.users.close(old).is_ok() {
             regions.registered.write();
             regions.users.give_back(old);
-            let new = regions.users.open().expect("room");
+            let new = regions.open();
             assert_eq!(new.index, old.index);
             assert!(regions.users.enter(new), "it is open");
             regions.users.leave(new.index, 1);
@@ -516,7 +533,7 @@ fn a_number_used_again_starts_with_nobody_inside() {
 fn what_was_closed_in_vain_is_open_again() {
     check(3, || {
         let regions = Arc::<Regions>::default();
-        let numbers = [(); 2].map(|()| regions.users.open().expect("room"));
+        let numbers = [(); 2].map(|()| regions.open());
         assert!(regions.users.enter(numbers[1]));
         let other = spawn(&regions, move |regions| {
             let entered = regions.users.enter(numbers[0]);
@@ -528,7 +545,7 @@ fn what_was_closed_in_vain_is_open_again() {
         if regions.users.close(numbers[0]).is_ok() {
             regions.registered.write();
             assert_eq!(regions.users.close(numbers[1]), Err(1));
-            regions.users.reopen(numbers[0]);
+            regions.users.open(numbers[0]);
         }
         join(other);
         assert!(regions.users.enter(numbers[0]));
