@@ -8,22 +8,48 @@ pub(crate) use {
     parking_lot::Mutex,
     std::sync::OnceLock,
     std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering, fence},
+    std::thread_local,
 };
 
 #[cfg(loom)]
 pub(crate) use {
     loom::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering, fence},
-    substitute::{ArcSwapOption, Mutex, OnceLock},
+    loom::thread_local,
+    substitute::{ArcSwapOption, Local, Mutex, OnceLock},
 };
 
 /// What loom does not have, or not like this; as much of it as is used.
 #[cfg(loom)]
 mod substitute {
+    use std::cell::RefCell;
     use std::sync::Arc;
     use std::time::Duration;
 
     use loom::sync::MutexGuard;
     use loom::sync::atomic::{AtomicBool, Ordering};
+    use loom::thread::LocalKey;
+
+    /// What std's `LocalKey` does.
+    pub(crate) trait Local<T: 'static> {
+        fn with_borrow_mut<R>(&'static self, f: impl FnOnce(&mut T) -> R) -> R;
+
+        fn replace(&'static self, value: T) -> T {
+            self.with_borrow_mut(|old| std::mem::replace(old, value))
+        }
+
+        fn take(&'static self) -> T
+        where
+            T: Default,
+        {
+            self.replace(T::default())
+        }
+    }
+
+    impl<T: 'static> Local<T> for LocalKey<RefCell<T>> {
+        fn with_borrow_mut<R>(&'static self, f: impl FnOnce(&mut T) -> R) -> R {
+            self.with(|cell| f(&mut cell.borrow_mut()))
+        }
+    }
 
     #[derive(Default)]
     pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);

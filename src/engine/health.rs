@@ -65,7 +65,8 @@ impl Health {
 
     /// An operation succeeded. True if it was paused before.
     pub fn succeed(&self) -> bool {
-        if self.failures.load(Ordering::Relaxed) == 0 {
+        // The second too: a failure that is being counted may pause it after a success took its count away.
+        if self.failures.load(Ordering::Relaxed) == 0 && self.until.load(Ordering::Relaxed) == 0 {
             return false;
         }
         self.failures.store(0, Ordering::Relaxed);

@@ -8,7 +8,7 @@ mod batch;
 mod failure;
 mod health;
 #[cfg(all(test, loom))]
-mod models;
+pub(crate) mod models;
 mod nic;
 mod peers;
 mod plan;
@@ -32,6 +32,8 @@ use parking_lot::Mutex;
 
 use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
+#[cfg(loom)]
+use crate::sync::Local as _;
 use crate::sync::{ArcSwapOption, AtomicU64};
 use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
@@ -263,7 +265,7 @@ struct Events {
     finished: Vec<Finished>,
 }
 
-thread_local! {
+crate::sync::thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
     static EVENTS: RefCell<Events> = RefCell::default();
     static DELIVERY: RefCell<Delivery> = RefCell::default();

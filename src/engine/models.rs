@@ -8,12 +8,20 @@ use loom::thread::{self, JoinHandle};
 
 use super::batch::{Aim, BatchId, Batches, Ended, GroupRef, Status};
 use super::failure::Failure;
+use super::health::{Health, Use};
 use super::region::{Number, Users};
 use super::table::{Seal, Table};
+use super::{
+    Engine, Nic, Operation, PeerAddress, Post, Registration, RemoteBuffer, RemoteNic, RemoteSegment,
+    Request, Settings, TargetId,
+};
+use crate::error::Result;
+use crate::fabric::Memory;
+use crate::fault::{Class, Fault};
 use crate::sync::{AtomicU32, Ordering};
 
 /// Checks a model in all orders with at most so many preemptions, or in all.
-fn check(preemptions: impl Into<Option<usize>>, model: impl Fn() + Send + Sync + 'static) {
+pub(crate) fn check(preemptions: impl Into<Option<usize>>, model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = preemptions.into();
     builder.max_branches = 10_000;
@@ -28,7 +36,7 @@ fn check(preemptions: impl Into<Option<usize>>, model: impl Fn() + Send + Sync +
 }
 
 /// A thread with a share in something.
-fn spawn<S: 'static, R: 'static>(
+pub(crate) fn spawn<S: 'static, R: 'static>(
     shared: &Arc<S>,
     run: impl FnOnce(&S) -> R + 'static,
 ) -> JoinHandle<R> {
@@ -36,7 +44,7 @@ fn spawn<S: 'static, R: 'static>(
     thread::spawn(move || run(&shared))
 }
 
-fn join<R>(thread: JoinHandle<R>) -> R {
+pub(crate) fn join<R>(thread: JoinHandle<R>) -> R {
     thread.join().expect("it does not panic")
 }
 
@@ -550,5 +558,179 @@ fn what_was_closed_in_vain_is_open_again() {
         join(other);
         assert!(regions.users.enter(numbers[0]));
         assert_eq!(regions.users.close(numbers[0]), Err(1));
+    });
+}
+
+// ---- health -------------------------------------------------------------------------------------
+
+#[test]
+fn a_nic_that_works_does_not_stay_paused() {
+    check(None, || {
+        let health = Arc::<Health>::default();
+        (0..3).for_each(|now| assert_eq!(health.fail(now), None));
+        let other = spawn(&health, |health| {
+            health.fail(3);
+        });
+        health.succeed();
+        join(other);
+        health.succeed();
+        assert!(!health.is_paused());
+    });
+}
+
+#[test]
+fn a_pause_that_is_over_has_one_probe() {
+    check(None, || {
+        let health = Arc::<Health>::default();
+        let pause = (0..4).find_map(|now| health.fail(now)).expect("paused");
+        let ask = move |health: &Health| health.ask(3 + pause) == Use::Yes;
+        let other = spawn(&health, ask);
+        assert!(ask(&health) != join(other));
+    });
+}
+
+// ---- the engine ---------------------------------------------------------------------------------
+
+/// A NIC that is done with every operation at the next poll.
+#[derive(Default)]
+pub(crate) struct QuickNic {
+    posted: Vec<u32>,
+    peers: Vec<u64>,
+    /// Say so many times that it has failed, first.
+    failures: u32,
+}
+
+impl Nic for QuickNic {
+    fn depth(&self) -> u32 {
+        4
+    }
+
+    fn max_length(&self) -> u64 {
+        1 << 30
+    }
+
+    fn virtual_addresses(&self) -> bool {
+        true
+    }
+
+    fn register(&mut self, _: u32, _: &Memory) -> Result<u64> {
+        Ok(1)
+    }
+
+    fn unregister(&mut self, _: u32) -> Result<()> {
+        Ok(())
+    }
+
+    fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
+        let peer = u64::from(address[0]);
+        if !self.peers.contains(&peer) {
+            self.peers.push(peer);
+        }
+        Ok(PeerAddress(peer))
+    }
+
+    fn disconnect(&mut self, peer: PeerAddress) -> Result<()> {
+        self.peers.retain(|&known| known != peer.0);
+        Ok(())
+    }
+
+    fn post(&mut self, operation: &Operation) -> Post {
+        assert!(self.peers.contains(&operation.peer.0), "the peer is connected");
+        self.posted.push(operation.slot);
+        Post::Done
+    }
+
+    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, Fault)>) {
+        for slot in self.posted.drain(..) {
+            if self.failures > 0 {
+                self.failures -= 1;
+                failed.push((slot, Fault { class: Class::Rail, text: String::new() }));
+            } else {
+                completed.push(slot);
+            }
+        }
+    }
+
+    fn explain(&self, _: i32) -> Fault {
+        Fault { class: Class::Ours, text: String::new() }
+    }
+}
+
+/// An engine with a target, and what to ask of it.
+pub(crate) struct Bench {
+    pub engine: Engine<QuickNic>,
+    target: TargetId,
+}
+
+fn segment(address: u8) -> RemoteSegment {
+    RemoteSegment {
+        name: "far".into(),
+        server: "far".into(),
+        nics: vec![RemoteNic { name: "nic".into(), address: Some(Box::new([address])) }],
+        buffers: vec![RemoteBuffer {
+            address: 0x1000,
+            length: 0x1000,
+            keys: vec![1],
+            preferred: Vec::new(),
+        }],
+    }
+}
+
+impl Bench {
+    pub fn new(rails: u16) -> Arc<Self> {
+        let settings = Settings {
+            slice: 1 << 20,
+            merge: true,
+            round_robin: true,
+            registering: 1,
+            tries: 3,
+            keep_peers: 0,
+        };
+        let nics = (0..rails).map(|rail| (rail.to_string(), QuickNic::default())).collect();
+        let engine = Engine::new(nics, settings, None);
+        let registration = Registration {
+            memory: Memory::simulated(0x1000, 0x1000),
+            rails: (0..rails).collect(),
+            preferred: Vec::new(),
+            largest: u64::MAX,
+            shares: 1,
+        };
+        engine.register(&[registration]).expect("registered");
+        let target = engine.add_target(segment(1)).expect("target");
+        Arc::new(Self { engine, target })
+    }
+
+    pub fn submit(&self, batch: BatchId) {
+        let request = Request {
+            write: true,
+            local: 0x1000,
+            target: self.target,
+            remote: 0x1000,
+            length: 64,
+            cookie: 0,
+        };
+        self.engine.submit(batch, [request].into_iter(), 0, u64::MAX).expect("started");
+    }
+
+    pub fn is_final(&self, batch: BatchId) -> bool {
+        self.engine.batch_status(batch).expect("a batch").0.is_final()
+    }
+}
+
+/// Two submitters, of whom one may find the other driving: what is left undone is seen as load.
+#[test]
+fn what_nobody_drives_is_seen() {
+    check(3, || {
+        let bench = Bench::new(1);
+        let batches = [(); 2].map(|()| bench.engine.allocate_batch(1).expect("room"));
+        let other = spawn(&bench, move |bench| bench.submit(batches[1]));
+        bench.submit(batches[0]);
+        assert!(bench.engine.load(0) <= 128, "never more than there is, nor less than nothing");
+        join(other);
+        while batches.iter().any(|&batch| !bench.is_final(batch)) {
+            assert!(bench.engine.load(0) > 0);
+            bench.engine.progress(0);
+        }
+        assert!(bench.engine.is_idle());
     });
 }
