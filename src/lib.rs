@@ -15,6 +15,7 @@ mod hmem;
 pub mod nic;
 pub mod segment;
 pub mod stats;
+mod sync;
 pub mod topology;
 pub mod transport;
 

@@ -7,14 +7,11 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-
-use parking_lot::Mutex;
 
 use super::failure::Failure;
 use super::table::{Seal, Table};
 use crate::error::{Code, Error, Result};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, OnceLock, Ordering};
 
 /// Status of a task or a batch, in Mooncake's numbers (`TransferStatusEnum`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,15 +134,18 @@ pub(super) struct Batch {
     holds: AtomicU32,
     /// The earliest deadline of its groups.
     earliest: AtomicU64,
-    /// Why groups failed or timed out, by first task. Empty unless some did, so that success never looks.
+    /// Why groups failed or timed out, by first task.
     failures: Mutex<BTreeMap<u32, Failure>>,
+    /// There are some, so that success never looks. (`failed` does not tell: a group that was found overdue may
+    /// complete all the same, if it was about to.)
+    explained: AtomicBool,
     /// Made when the slot is first used: a slot is small, its tasks may be many.
     tasks: OnceLock<Box<[Task]>>,
 }
 
 /// Largest batch: 2^20 tasks.
 pub const MAX_BATCH: u32 = 1 << (CLASSES - 1);
-const CLASSES: u32 = 21;
+const CLASSES: u32 = if cfg!(loom) { 2 } else { 21 };
 const INDEX_BITS: u32 = 27;
 
 /// A slot's size class, and its index there.
@@ -307,8 +307,9 @@ impl Batches {
     /// Gives up `holds` holds.
     fn release(&self, slot: u32, batch: &Batch, holds: u32) {
         if batch.holds.fetch_sub(holds, Ordering::AcqRel) == holds {
-            if batch.failed.load(Ordering::Relaxed) > 0 {
+            if batch.explained.load(Ordering::Relaxed) {
                 batch.failures.lock().clear();
+                batch.explained.store(false, Ordering::Relaxed);
             }
             let (class, index) = split(slot);
             self.classes[class].give_back(index);
@@ -343,6 +344,7 @@ impl Batches {
         batch.tasks()[group.first as usize].condemn(verdict);
         let Entry::Vacant(place) = failures.entry(group.first) else { return false };
         place.insert(failure.clone());
+        batch.explained.store(true, Ordering::Relaxed);
         true
     }
 
@@ -542,7 +544,9 @@ impl Batch {
     }
 
     fn condemn(&self, verdict: Status) {
-        for task in &self.tasks()[..self.used.load(Ordering::Acquire) as usize] {
+        // First: where some are used, they have been made. (Whoever condemns all meets batches that are not.)
+        let used = self.used.load(Ordering::Acquire) as usize;
+        for task in &self.tasks()[..used] {
             if task.members.load(Ordering::Relaxed) > 0 {
                 task.condemn(verdict);
             }

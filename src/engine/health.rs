@@ -1,6 +1,6 @@
 //! Circuit breakers: a NIC, ours or a peer's, that fails again and again is paused, probed, brought back.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 /// Failures without a success between them that pause it. (Of operations of which one in two hundred
 /// fails, four in a row do so once in a billion.)
@@ -65,7 +65,8 @@ impl Health {
 
     /// An operation succeeded. True if it was paused before.
     pub fn succeed(&self) -> bool {
-        if self.failures.load(Ordering::Relaxed) == 0 {
+        // The second too: a failure that is being counted may pause it after a success took its count away.
+        if self.failures.load(Ordering::Relaxed) == 0 && self.until.load(Ordering::Relaxed) == 0 {
             return false;
         }
         self.failures.store(0, Ordering::Relaxed);

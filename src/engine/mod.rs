@@ -7,6 +7,8 @@
 mod batch;
 mod failure;
 mod health;
+#[cfg(all(test, loom))]
+pub(crate) mod models;
 mod nic;
 mod peers;
 mod plan;
@@ -23,13 +25,16 @@ mod tests;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
 use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
+#[cfg(loom)]
+use crate::sync::Local as _;
+use crate::sync::{ArcSwapOption, AtomicU64};
 use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
 use failure::FailureLog;
@@ -260,7 +265,7 @@ struct Events {
     finished: Vec<Finished>,
 }
 
-thread_local! {
+crate::sync::thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
     static EVENTS: RefCell<Events> = RefCell::default();
     static DELIVERY: RefCell<Delivery> = RefCell::default();
@@ -353,7 +358,7 @@ impl<N: Nic> Engine<N> {
                 let share = if registration.shares > 1 { offset / shared } else { 0 };
                 let end = if registration.shares > 1 { (share + 1) * shared } else { length };
                 let part = (end.min(length) - offset).min(registration.largest.max(1));
-                let Some(number) = self.shared.users.open() else {
+                let Some(number) = self.shared.users.reserve() else {
                     give_back(&made);
                     return Err(Error::new(Code::TooManyRequests, "too many memory regions"));
                 };
@@ -384,6 +389,7 @@ impl<N: Nic> Engine<N> {
                 }
                 _ => registration.senders_of(*share),
             };
+            self.shared.users.open(*number);
             regions.push(LocalRegion { start, end, number: *number, rails });
             result[*index].push(Registered {
                 address: start,
@@ -511,7 +517,7 @@ impl<N: Nic> Engine<N> {
         for (closed, (number, ..)) in record.regions.iter().enumerate() {
             if let Err(count) = users.close(*number) {
                 for (number, ..) in &record.regions[..closed] {
-                    users.reopen(*number);
+                    users.open(*number);
                 }
                 return Err(Error::new(
                     Code::Busy,

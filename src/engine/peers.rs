@@ -1,13 +1,11 @@
 //! The peers of one rail: their places in the provider's address vector, and what each has in flight.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use parking_lot::Mutex;
 
 use super::nic::{Nic, PeerAddress};
 use super::rail::Span;
 use crate::error::Result;
+use crate::sync::{AtomicBool, Mutex, Ordering};
 
 /// A peer's number on one rail.
 pub(super) type PeerIndex = u32;

@@ -6,12 +6,9 @@
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
 use crossbeam_utils::CachePadded;
-use parking_lot::Mutex;
 
 use super::batch::{Batches, Ended, GroupRef, Groups, Status};
 use super::failure::Failure;
@@ -23,6 +20,7 @@ use super::table::Table;
 use super::target::Target;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Class, Fault, Faults};
+use crate::sync::{ArcSwapOption, AtomicU64, Mutex, Ordering};
 
 /// Posts between two looks at the completion queue: completions are not kept waiting by a long
 /// queue, nor the queue by completions.

@@ -6,9 +6,6 @@
 //! unused, meanwhile. To try again is idempotent: the same bytes go to the same place.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use parking_lot::Mutex;
 
 use super::batch::Status;
 use super::failure::Failure;
@@ -20,6 +17,7 @@ use super::target::Target;
 use super::{Engine, Refusal, TargetId};
 use crate::error::{Code, Error, Result};
 use crate::fault::{Class, Faults};
+use crate::sync::{AtomicU64, Mutex, Ordering};
 
 /// The delay before the second try, nanoseconds, give or take a half; each one after that is twice as long.
 const DELAY: u64 = 1_000_000;

@@ -2,9 +2,9 @@
 //! which NIC.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 
 use super::table::Table;
+use crate::sync::{AtomicI64, Ordering};
 
 /// A local region: one registration, on some or all rails.
 #[derive(Clone, Debug)]
@@ -205,10 +205,9 @@ pub(super) struct Users(Table<AtomicI64>);
 const CLOSED: i64 = i64::MIN / 2;
 
 impl Users {
-    /// A number for a new region; `None` when there are no more.
-    pub fn open(&self) -> Option<Number> {
-        let (index, generation) = self.0.take(AtomicI64::default)?;
-        self.count(index).store(0, Ordering::Release);
+    /// A number for a new region, which is closed; `None` when there are no more.
+    pub fn reserve(&self) -> Option<Number> {
+        let (index, generation) = self.0.take(|| AtomicI64::new(CLOSED))?;
         Some(Number { index, generation })
     }
 
@@ -241,12 +240,13 @@ impl Users {
             .map(drop)
     }
 
-    /// Undoes [`Self::close`].
-    pub fn reopen(&self, number: Number) {
+    /// Opens a region that is closed.
+    pub fn open(&self, number: Number) {
+        // No store: someone who came too late for the number's last region may be on his way out.
         self.count(number.index).fetch_sub(CLOSED, Ordering::AcqRel);
     }
 
-    /// Ends the number's use by its region.
+    /// Ends the number's use by its region, which is closed.
     pub fn give_back(&self, number: Number) {
         if self.0.retire(number.index, number.generation) {
             self.0.give_back(number.index);
@@ -319,24 +319,28 @@ mod tests {
     #[test]
     fn closing_and_using_exclude_each_other() {
         let users = Users::default();
-        let number = users.open().expect("room");
+        let number = users.reserve().expect("room");
+        assert!(!users.enter(number), "not yet");
+        users.open(number);
         assert!(users.enter(number));
         assert_eq!(users.close(number), Err(1));
         users.leave(number.index, 1);
         assert_eq!(users.close(number), Ok(()));
         assert!(!users.enter(number));
         assert!(users.close(number).is_err(), "closed once");
-        users.reopen(number);
+        users.open(number);
         assert!(users.enter(number));
     }
 
     #[test]
     fn a_number_used_again_is_another_region() {
         let users = Users::default();
-        let old = users.open().expect("room");
+        let old = users.reserve().expect("room");
+        users.open(old);
         users.close(old).expect("unused");
         users.give_back(old);
-        let new = users.open().expect("room");
+        let new = users.reserve().expect("room");
+        users.open(new);
         assert_eq!(new.index, old.index);
         assert!(!users.enter(old));
         assert!(users.enter(new));

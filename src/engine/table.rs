@@ -1,13 +1,12 @@
 //! Slots with generations: made once, found by index without a lock, used again after a release.
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
 
-use parking_lot::Mutex;
+use crate::sync::{AtomicU32, Mutex, OnceLock, Ordering};
 
-const FIRST_CHUNK: u32 = 64;
-const CHUNKS: usize = 20; // 64 * (2^20 - 1): about 67 million slots
+// What loom follows costs it time for every order: few slots there.
+const FIRST_CHUNK: u32 = if cfg!(loom) { 2 } else { 64 };
+const CHUNKS: usize = if cfg!(loom) { 2 } else { 20 }; // 64 * (2^20 - 1): about 67 million slots
 
 struct Entry<T> {
     /// Odd while in use. A handle carries the generation it was given out with, so one that is
@@ -30,7 +29,7 @@ struct Free {
 
 impl<T> Default for Table<T> {
     fn default() -> Self {
-        Self { chunks: [const { OnceLock::new() }; CHUNKS], free: Mutex::default() }
+        Self { chunks: std::array::from_fn(|_| OnceLock::new()), free: Mutex::default() }
     }
 }
 

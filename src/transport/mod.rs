@@ -10,7 +10,7 @@ mod poller;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,7 @@ use crate::hmem;
 use crate::nic::{self, Device, FabricNic, Limits};
 use crate::segment::{self, Buffer as BufferDescriptor, Handshake, Segment};
 use crate::stats::{RailStats, Stats};
+use crate::sync::{AtomicBool, Ordering};
 use crate::topology::{MAX_NAME, Topology};
 
 pub use crate::engine::Registered;

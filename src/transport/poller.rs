@@ -1,12 +1,16 @@
 //! Progress while nobody waits: threads that poll the NICs, and sleep when there is nothing to do.
 
-use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Duration;
+
+#[cfg(all(test, loom))]
+use models::Waiter;
 
 use crate::engine::Engine;
 use crate::error::Result;
+#[cfg(not(all(test, loom)))]
 use crate::fabric::Waiter;
 use crate::nic::FabricNic;
+use crate::sync::{AtomicBool, Ordering, fence};
 
 /// How long a poller goes on looking at once after there was something to do, nanoseconds.
 const HOT: u64 = 200_000;
@@ -50,6 +54,16 @@ impl Sleeper {
         if self.asleep.load(Ordering::Relaxed) {
             self.waiter.wake();
         }
+    }
+
+    /// Calls `sleep`, unless there is work, or it is time to stop.
+    fn sleep_unless(&self, awaited: impl FnOnce() -> bool, sleep: impl FnOnce(&Waiter)) {
+        self.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst); // see `wake`
+        if !awaited() {
+            sleep(&self.waiter);
+        }
+        self.asleep.store(false, Ordering::Relaxed);
     }
 }
 
@@ -134,10 +148,9 @@ fn sleep(
     stop: &AtomicBool,
     longest: Duration,
 ) {
-    sleeper.asleep.store(true, Ordering::Relaxed);
-    fence(Ordering::SeqCst); // see Sleeper::wake
-    let work = rails.iter().any(|&rail| engine.load(rail) > 0);
-    if !work && !stop.load(Ordering::Acquire) {
+    let work = || rails.iter().any(|&rail| engine.load(rail) > 0);
+    let awaited = || work() || stop.load(Ordering::Acquire);
+    sleeper.sleep_unless(awaited, |waiter| {
         let mut fds = Vec::with_capacity(rails.len());
         let mut quiet = true;
         for &rail in rails {
@@ -149,10 +162,9 @@ fn sleep(
         }
         if quiet {
             let longest = if fds.len() == rails.len() { LONG_SLEEP } else { longest };
-            sleeper.waiter.sleep(&fds, longest);
+            waiter.sleep(&fds, longest);
         }
-    }
-    sleeper.asleep.store(false, Ordering::Relaxed);
+    });
 }
 
 /// How to wait for something that has no way to wake us: look again at once for a while, then let
@@ -217,5 +229,103 @@ mod tests {
         // A machine that became slower is not busy for ever.
         let relaxed = (0..20_000_000).position(|_| effort.excess(300) == 0);
         assert!(relaxed.is_some());
+    }
+}
+
+/// What a poller and those who give it work do to each other, in every order (loom).
+#[cfg(all(test, loom))]
+mod models {
+    use std::os::fd::RawFd;
+    use std::sync::Arc;
+
+    use loom::sync::Condvar;
+
+    use super::*;
+    use crate::engine::models::{Bench, check, join, spawn};
+    use crate::sync::Mutex;
+
+    /// A bed without an alarm clock: who is not woken sleeps for ever, and loom finds that.
+    pub(super) struct Waiter {
+        woken: Mutex<bool>,
+        changed: Condvar,
+    }
+
+    impl Waiter {
+        pub fn new() -> Result<Self> {
+            Ok(Self { woken: Mutex::new(false), changed: Condvar::new() })
+        }
+
+        pub fn wake(&self) {
+            *self.woken.lock() = true;
+            self.changed.notify_one();
+        }
+
+        pub fn sleep(&self, _: &[RawFd], _: Duration) {
+            let mut woken = self.woken.lock();
+            while !*woken {
+                woken = self.changed.wait(woken).expect("not poisoned");
+            }
+            *woken = false;
+        }
+    }
+
+    struct World {
+        bench: Arc<Bench>,
+        sleeper: Sleeper,
+        stop: AtomicBool,
+    }
+
+    impl World {
+        fn new() -> Arc<Self> {
+            let sleeper = Sleeper::new().expect("made");
+            Arc::new(Self { bench: Bench::new(1), sleeper, stop: AtomicBool::new(false) })
+        }
+
+        /// As [`run`], without the clock.
+        fn poll(&self) {
+            let engine = &self.bench.engine;
+            while !self.stop.load(Ordering::Acquire) {
+                if engine.load(0) > 0 {
+                    if engine.poll(0, 0).unwrap_or(0) == 0 {
+                        loom::thread::yield_now();
+                    }
+                } else {
+                    let awaited = || engine.load(0) > 0 || self.stop.load(Ordering::Acquire);
+                    self.sleeper.sleep_unless(awaited, |waiter| waiter.sleep(&[], HEARTBEAT));
+                }
+            }
+        }
+    }
+
+    /// Somebody submits and goes, and does not look again: the poller does it all, however the two, and another
+    /// who drives for a turn, meet.
+    #[test]
+    fn a_poller_does_what_is_left_to_it() {
+        check(2, || {
+            let world = World::new();
+            let batch = world.bench.engine.allocate_batch(1).expect("room");
+            let poller = spawn(&world, World::poll);
+            let passer = spawn(&world, |world| world.bench.engine.progress(0));
+            world.bench.submit(batch);
+            world.sleeper.wake();
+            join(passer);
+            while !world.bench.is_final(batch) {
+                loom::thread::yield_now();
+            }
+            world.stop.store(true, Ordering::Release);
+            world.sleeper.wake();
+            join(poller);
+        });
+    }
+
+    #[test]
+    fn a_sleeping_poller_is_stopped() {
+        check(None, || {
+            let world = World::new();
+            let poller = spawn(&world, World::poll);
+            world.stop.store(true, Ordering::Release);
+            world.sleeper.wake();
+            join(poller);
+        });
     }
 }
