@@ -91,6 +91,8 @@ impl Ended {
 pub(super) struct Aim {
     /// Slot of the target, below 2^31.
     pub target: u32,
+    /// The slot's generation: it may be another target's before the group ends.
+    pub generation: u32,
     pub write: bool,
 }
 
@@ -105,8 +107,9 @@ pub(super) struct Task {
     verdict: AtomicU32,
     /// The group's [`Aim`]: `target << 1 | write`.
     aim: AtomicU32,
-    /// When the group was submitted, nanoseconds.
-    started: AtomicU64,
+    generation: AtomicU32,
+    /// When the group was submitted, microseconds: the low bits, which go round in 71 minutes.
+    started: AtomicU32,
     /// When the group must have ended, nanoseconds.
     deadline: AtomicU64,
     length: AtomicU64,
@@ -115,6 +118,10 @@ pub(super) struct Task {
 
 /// How long after a deadline it is not left to the rail any more, nanoseconds: several of its looks.
 const OVERDUE: u64 = 200_000_000;
+
+fn microseconds(nanoseconds: u64) -> u32 {
+    (nanoseconds / 1000) as u32
+}
 
 /// Past a deadline by so much that its rail should have seen to it.
 fn late(now: u64, deadline: u64) -> bool {
@@ -418,7 +425,8 @@ impl Pin<'_> {
         leader.remaining.store(bytes, Ordering::Relaxed);
         leader.verdict.store(0, Ordering::Relaxed);
         leader.aim.store(aim.target << 1 | u32::from(aim.write), Ordering::Relaxed);
-        leader.started.store(now, Ordering::Relaxed);
+        leader.generation.store(aim.generation, Ordering::Relaxed);
+        leader.started.store(microseconds(now), Ordering::Relaxed);
         leader.deadline.store(deadline, Ordering::Relaxed);
         // Last: a group that others can see is whole.
         leader.members.store(tasks.len() as u32, Ordering::Release);
@@ -580,12 +588,14 @@ impl Task {
     /// What the group does.
     pub fn aim(&self) -> Aim {
         let aim = self.aim.load(Ordering::Relaxed);
-        Aim { target: aim >> 1, write: aim & 1 == 1 }
+        let generation = self.generation.load(Ordering::Relaxed);
+        Aim { target: aim >> 1, generation, write: aim & 1 == 1 }
     }
 
-    /// Nanoseconds since the group was submitted.
+    /// Nanoseconds since the group was submitted, in whole microseconds.
     pub fn age(&self, now: u64) -> u64 {
-        now.saturating_sub(self.started.load(Ordering::Relaxed))
+        let age = microseconds(now).wrapping_sub(self.started.load(Ordering::Relaxed));
+        u64::from(age) * 1000
     }
 
     /// When the group must have ended, nanoseconds.

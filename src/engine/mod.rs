@@ -242,6 +242,8 @@ pub struct Engine<N> {
     failures: FailureLog,
     /// Parts of groups that failed and are to be tried again.
     later: Later,
+    /// See [`Self::moves`].
+    moves: AtomicU64,
     observer: Option<Observer>,
     settings: Settings,
     /// Rails given out in turn so far, where that is wanted.
@@ -311,6 +313,7 @@ impl<N: Nic> Engine<N> {
             },
             rails,
             later: Later::default(),
+            moves: AtomicU64::new(0),
             locals: ArcSwap::default(),
             buffers: Mutex::default(),
             seal,
@@ -557,11 +560,16 @@ impl<N: Nic> Engine<N> {
 
     /// Replaces what is known of a peer. Transfers under way are not touched.
     pub fn update_target(&self, id: TargetId, segment: RemoteSegment) -> Result<()> {
-        let slot = self.target_slot(id)?;
-        let older = slot.load_full().ok_or_else(|| unknown_target(id))?;
-        let target = Target::new(segment, self.rails.len(), self.shared.released.clone());
-        slot.store(Some(Arc::new(target.inherit(&older))));
-        Ok(())
+        let newer = Target::new(segment, self.rails.len(), self.shared.released.clone());
+        loop {
+            let older = self.target(id)?;
+            let inherits = Some(Arc::new(newer.anew().inherit(&older)));
+            // Unless it was closed, or replaced, meanwhile.
+            let before = self.target_slot(id)?.compare_and_swap(&older, inherits);
+            if before.as_ref().is_some_and(|before| Arc::ptr_eq(before, &older)) {
+                return Ok(());
+            }
+        }
     }
 
     /// Forgets a peer. Transfers under way are not touched.
@@ -616,7 +624,8 @@ impl<N: Nic> Engine<N> {
     }
 
     fn target(&self, id: TargetId) -> Result<Arc<Target>> {
-        self.target_slot(id)?.load_full().ok_or_else(|| unknown_target(id))
+        let (index, generation) = self.seal.place(id.0);
+        self.shared.target_at(index, generation).ok_or_else(|| unknown_target(id))
     }
 
     fn peer(
@@ -838,8 +847,8 @@ impl<N: Nic> Engine<N> {
         let mut events = EVENTS.take();
         pin.begin(plan.groups.len() as u32, plan.tasks.len() as u32, deadline);
         for group in &plan.groups {
-            let target = self.seal.place(plan.targets[group.target as usize].0.0).0;
-            let aim = Aim { target, write: group.write };
+            let (target, generation) = self.seal.place(plan.targets[group.target as usize].0.0);
+            let aim = Aim { target, generation, write: group.write };
             let tasks = &plan.tasks[group.first as usize..][..group.tasks as usize];
             let at = first + group.first;
             let started = pin.start_group(at, tasks, group.bytes, aim, now, deadline);

@@ -12,8 +12,8 @@ use super::health::{Health, Use};
 use super::region::{Number, Users};
 use super::table::{Seal, Table};
 use super::{
-    Engine, Nic, Operation, PeerAddress, Post, Registration, RemoteBuffer, RemoteNic, RemoteSegment,
-    Request, Settings, TargetId,
+    Engine, Nic, Operation, PeerAddress, Post, Registration, RemoteBuffer, RemoteNic,
+    RemoteSegment, Request, Settings, TargetId,
 };
 use crate::error::Result;
 use crate::fabric::Memory;
@@ -21,7 +21,10 @@ use crate::fault::{Class, Fault};
 use crate::sync::{AtomicU32, Ordering};
 
 /// Checks a model in all orders with at most so many preemptions, or in all.
-pub(crate) fn check(preemptions: impl Into<Option<usize>>, model: impl Fn() + Send + Sync + 'static) {
+pub(crate) fn check(
+    preemptions: impl Into<Option<usize>>,
+    model: impl Fn() + Send + Sync + 'static,
+) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = preemptions.into();
     builder.max_branches = 10_000;
@@ -113,7 +116,7 @@ fn a_slot_is_retired_once() {
 
 // ---- batches ------------------------------------------------------------------------------------
 
-const AIM: Aim = Aim { target: 0, write: true };
+const AIM: Aim = Aim { target: 0, generation: 1, write: true };
 const LATE: u64 = 1_000_000_000;
 
 fn failure() -> Failure {
@@ -322,7 +325,10 @@ fn a_task_that_failed_says_why() {
         join(failing);
         join(other);
         let pin = world.batches.pin(batch).expect("a batch");
-        assert_eq!((pin.status(), pin.task(0).expect("a task").0), (Status::Failed, Status::Failed));
+        assert_eq!(
+            (pin.status(), pin.task(0).expect("a task").0),
+            (Status::Failed, Status::Failed)
+        );
         assert!(pin.failure(0).expect("a task").is_some());
     });
 }

@@ -226,7 +226,16 @@ impl Shared {
 
     /// The target of a group, which must be held; `None` if it is closed.
     pub fn target(&self, group: GroupRef) -> Option<Arc<Target>> {
-        self.targets.at(self.batches.group(group).aim().target)?.load_full()
+        let aim = self.batches.group(group).aim();
+        self.target_at(aim.target, aim.generation)
+    }
+
+    /// The target in a slot, if it is still the one of that generation.
+    pub fn target_at(&self, slot: u32, generation: u32) -> Option<Arc<Target>> {
+        let found = self.targets.get(slot, generation)?.load_full();
+        // The slot may have become another's between the two.
+        self.targets.get(slot, generation)?;
+        found
     }
 
     /// A failure of (a part of) a group, which must be held.

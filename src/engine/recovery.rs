@@ -182,6 +182,7 @@ impl<N: Nic> Engine<N> {
                     let to = &self.rails[rail];
                     to.retried.fetch_add(1, Ordering::Relaxed);
                     to.push(&[span], span.length);
+                    self.moves.fetch_add(1, Ordering::Release);
                     // After that, so that the engine is never seen idle.
                     self.rails[part.rail].hand_over(part.length);
                 }
@@ -280,6 +281,11 @@ impl<N: Nic> Engine<N> {
             tries: part.tries,
             ..self.shared.failure(part.group, part.length, nic, now, cause)
         }
+    }
+
+    /// How often work was given to another rail than it came from: who drives that one may be asleep.
+    pub fn moves(&self) -> u64 {
+        self.moves.load(Ordering::Acquire)
     }
 
     // ---- where to begin -----------------------------------------------------------------------

@@ -1129,3 +1129,21 @@ fn peers_that_come_and_go_leave_nothing_behind() {
     }
     assert_eq!(bench.world.lock().peers.len(), known(&bench));
 }
+
+#[test]
+fn what_is_tried_again_does_not_go_to_another_peer_in_its_targets_place() {
+    let mut bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
+    let batch = bench.engine.allocate_batch(1).expect("batch");
+    bench.submit(batch, &[bench.request(true, 0, 4096, 0)]).expect("started");
+    assert_eq!(bench.end_on(0, PEER), 1);
+    bench.engine.remove_target(bench.target).expect("closed");
+    // The same addresses are registered there too.
+    let other = RemoteSegment { name: "other:1".into(), ..remote_segment(1) };
+    let other = bench.engine.add_target(other).expect("target");
+    assert_eq!(other.0 as u32, bench.target.0 as u32, "the same place");
+    bench.pass(0);
+    bench.pass(10 * MS);
+    assert_eq!(bench.status(batch), Status::Failed);
+    assert!(bench.why(batch, 0).contains("a closed segment"));
+    assert_eq!(bench.world.lock().posted.len(), 1, "not tried with the other");
+}

@@ -634,7 +634,7 @@ impl Shared {
     fn poll(&self, index: usize) {
         let rails: Vec<usize> = (index..self.names.len()).step_by(self.sleepers.len()).collect();
         let clock = || self.now();
-        poller::run(&self.engine, &rails, &self.sleepers[index], &self.stop, clock);
+        poller::run(&self.engine, &rails, &self.sleepers, index, &self.stop, clock);
     }
 
     /// Makes progress for someone who waits for a batch.

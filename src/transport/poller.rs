@@ -67,11 +67,12 @@ impl Sleeper {
     }
 }
 
-/// One poller's life, until `stop`: it polls these rails. `clock` gives nanoseconds.
+/// The life of the poller in bed `index`, until `stop`: it polls these rails. `clock` gives nanoseconds.
 pub(super) fn run(
     engine: &Engine<FabricNic>,
     rails: &[usize],
-    sleeper: &Sleeper,
+    sleepers: &[Sleeper],
+    index: usize,
     stop: &AtomicBool,
     clock: impl Fn() -> u64,
 ) {
@@ -83,6 +84,7 @@ pub(super) fn run(
     let serves = |nic: &mut FabricNic| Ok(nic.peers_need_polls());
     let serves = rails.iter().any(|&rail| engine.with_nic(rail, serves).unwrap_or(true));
     let mut patience = Patience::default();
+    let mut moves = engine.moves();
     let mut cold = true;
     let (mut last_active, mut woken) = (clock(), 0);
     while !stop.load(Ordering::Acquire) {
@@ -117,6 +119,11 @@ pub(super) fn run(
             *seen = engine.turns(rail);
         }
         cold = false;
+        if engine.moves() != moves {
+            // What failed here may go over a rail whose poller sleeps.
+            moves = engine.moves();
+            sleepers.iter().for_each(Sleeper::wake);
+        }
         if active {
             patience = Patience::default();
             efforts.iter_mut().for_each(|(_, evidence)| *evidence = 0);
@@ -134,7 +141,7 @@ pub(super) fn run(
             patience.pause();
         } else if now - woken > LOOK {
             let longest = HEARTBEAT.min(Duration::from_nanos(idle / SLEEP_PART));
-            sleep(engine, rails, sleeper, stop, longest);
+            sleep(engine, rails, &sleepers[index], stop, longest);
             efforts.iter_mut().for_each(|(_, evidence)| *evidence = 0);
             (cold, woken) = (true, clock());
         }
