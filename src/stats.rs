@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use crate::engine::RailCounters;
+use crate::engine::{PeerState, RailCounters};
 
 /// Counters of a transport since it was installed.
 #[derive(Clone, Debug, Serialize)]
@@ -12,6 +12,8 @@ pub struct Stats {
     pub provider: String,
     /// One entry a NIC.
     pub rails: Vec<RailStats>,
+    /// One entry an open segment.
+    pub peers: Vec<PeerState>,
 }
 
 /// Counters of one NIC.

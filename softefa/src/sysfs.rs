@@ -58,6 +58,21 @@ pub fn create(root: &Path, profile: &Profile, host: u16) -> io::Result<()> {
     if root.exists() { check(root, profile) } else { Err(error) }
 }
 
+/// Shows the port of a NIC in the tree at `root` as down or up. Readers see the one or the other.
+///
+/// # Errors
+/// That of the file.
+pub fn set_port(root: &Path, nic: &str, down: bool) -> io::Result<()> {
+    let port = root.join("class/infiniband").join(nic).join("ports/1");
+    let new = port.join(format!("state.{}", std::process::id()));
+    fs::write(&new, port_state(down))?;
+    fs::rename(&new, port.join("state"))
+}
+
+fn port_state(down: bool) -> &'static str {
+    if down { "1: DOWN\n" } else { "4: ACTIVE\n" }
+}
+
 /// Is the tree at `root` one of `profile`?
 fn check(root: &Path, profile: &Profile) -> io::Result<()> {
     let mut there: Vec<String> = fs::read_dir(root.join("class/infiniband"))?
@@ -174,7 +189,7 @@ impl Tree {
             gid.chunks(2).map(|pair| format!("{:02x}{:02x}", pair[0], pair[1])).collect();
         self.file(&format!("{device}/node_guid"), groups[4..].join(":"))?;
         let port = format!("{device}/ports/1");
-        self.file(&format!("{port}/state"), "4: ACTIVE")?;
+        self.file(&format!("{port}/state"), port_state(false).trim_end())?;
         // Of each lane; there are four.
         let lanes = match nic.speed / 4 {
             25 => " EDR",

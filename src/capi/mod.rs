@@ -983,6 +983,13 @@ pub unsafe extern "C" fn mefa_stats(
             strays: counters.strays,
             overdue: counters.overdue,
             pending_bytes: counters.pending_bytes,
+            retried: counters.retried,
+            faults_permanent: counters.faults.permanent,
+            faults_peer: counters.faults.peer,
+            faults_rail: counters.faults.rail,
+            faults_pressure: counters.faults.pressure,
+            faults_ours: counters.faults.ours,
+            paused: counters.paused.into(),
         };
         // SAFETY: the lower of both sizes fits in both.
         unsafe {

@@ -327,4 +327,18 @@ pub struct mefa_nic_stats {
     pub overdue: u64,
     /// Bytes queued or in flight now.
     pub pending_bytes: u64,
+    /// Operations that failed, of this NIC or another, and were tried again over this one.
+    pub retried: u64,
+    /// Operations that failed because of the request itself: a wrong key, range or length.
+    pub faults_permanent: u64,
+    /// Because of the peer or its NIC.
+    pub faults_peer: u64,
+    /// Because of this NIC, or the way from it to the peer.
+    pub faults_rail: u64,
+    /// For lack of room somewhere.
+    pub faults_pressure: u64,
+    /// Because this library used the provider wrongly.
+    pub faults_ours: u64,
+    /// 1 if it failed too often in a row and is left out, but for a try now and then; else 0.
+    pub paused: u64,
 }

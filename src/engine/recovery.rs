@@ -131,6 +131,7 @@ impl<N: Nic> Engine<N> {
             paused(format_args!("our NIC {}", rail.name), pause);
         }
         let Some(target) = target else { return };
+        target.faults.last.lock().clone_from(&part.fault.text);
         let Some(nic) = target.nic_of(part.rail, part.peer) else { return };
         let own = &target.nics[usize::from(nic)];
         if let (Class::Peer, Some(pause)) = (part.fault.class, own.health.fail(now)) {
@@ -325,11 +326,12 @@ impl<N: Nic> Engine<N> {
             let error = Error::new(
                 Code::Endpoint,
                 format!(
-                    "{} does not answer: all of its {} NICs failed again and again; the next try is \
-                     possible in {:.1?}",
+                    "{} cannot be reached over any of its {} NICs; the next try is possible in {:.1?}; \
+                     the last one failed because: {}",
                     target.name,
                     target.nics.len(),
-                    std::time::Duration::from_nanos(until - now)
+                    std::time::Duration::from_nanos(until - now),
+                    target.faults.last.lock()
                 ),
             );
             if now < target.faults.ask_from.load(Ordering::Relaxed) {

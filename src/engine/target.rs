@@ -84,6 +84,8 @@ const UNKNOWN: PeerIndex = PeerIndex::MAX;
 pub(super) struct PeerFaults {
     faults: [AtomicU64; Class::ALL.len()],
     pub retried: AtomicU64,
+    /// The cause of the last failure that was its own.
+    pub last: Mutex<String>,
     /// When its descriptor may be asked for again because it does not answer.
     pub ask_from: AtomicU64,
 }

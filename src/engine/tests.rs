@@ -1031,7 +1031,8 @@ fn a_dead_peer_is_broken_off_and_others_are_served() {
     let Err(Refusal::OutOfDate { error: Some(error), .. }) = refused else {
         panic!("{refused:?}");
     };
-    assert!(error.text.contains("far:1 does not answer: all of its 2 NICs"), "{error}");
+    assert!(error.text.contains("far:1 cannot be reached over any of its 2 NICs"), "{error}");
+    assert!(error.text.ends_with("because: error 13"), "{error}");
     let again = bench.submit(batch, &requests[..1]);
     assert!(matches!(again, Err(Refusal::Error(_))), "it was asked for lately: {again:?}");
     // Though all rails failed with it, another peer is served at once.

@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::engine::{Nic, Operation, PeerAddress, Post};
 use crate::error::{Code, Error, Result};
@@ -10,7 +12,7 @@ use crate::fabric::{
     self, AddressVector, Completed, CompletionQueue, Domain, Endpoint, EventQueue, Fabric, Info,
     Libfabric, Memory, MemoryKind, MemoryRegion, Query,
 };
-use crate::fault::Fault;
+use crate::fault::{Class, Fault};
 use crate::hmem;
 
 /// Completions taken at once.
@@ -23,6 +25,9 @@ const GENERATIONS: u32 = 4;
 /// direction. The `efa` provider's default is the depth of the device, 8192 or more, which takes 70 MiB and
 /// 28 ms a NIC more (docs/performance.md). What finds no buffer is sent again.
 const RECEIVES: usize = 1024;
+
+/// How long the state of our port is taken to be what it was: when it goes down, all that is in flight fails.
+const PORT_CHECK: Duration = Duration::from_millis(50);
 
 /// Polls between two looks at the event queue, which is empty but for disasters.
 const EVENTS_EVERY: u32 = 64;
@@ -103,6 +108,7 @@ pub struct FabricNic {
     context_bits: u32,
     delivery: bool,
     is_efa: bool,
+    port: Port,
     generations: Box<[u8]>,
     regions: Vec<Option<MemoryRegion>>,
     next_key: u64,
@@ -157,6 +163,7 @@ impl FabricNic {
                 context_bits,
                 delivery,
                 is_efa,
+                port: Port::new(&device.name),
                 generations: vec![0; depth as usize].into(),
                 regions: Vec::new(),
                 next_key: first_key(),
@@ -337,7 +344,13 @@ impl Nic for FabricNic {
                         log::warn!("an error that belongs to no transfer: {}", error.text);
                     }
                     let device = self.is_efa.then_some(error.provider_errno);
-                    failed.push((slot_of(context), Fault::new(error.errno, device, error.text)));
+                    let mut fault = Fault::new(error.errno, device, error.text);
+                    if self.is_efa && fault.class == Class::Peer && self.port.is_down() {
+                        // Seen from here the peer is silent, but it is not the peer.
+                        fault.class = Class::Rail;
+                        fault.text = format!("the port of our own NIC is down; {}", fault.text);
+                    }
+                    failed.push((slot_of(context), fault));
                 }
             }
             Err(Some(errno)) => {
@@ -356,6 +369,32 @@ impl Nic for FabricNic {
 
     fn explain(&self, errno: i32) -> Fault {
         Fault::new(errno, None, format_args!("{} (error {errno})", self.lib.strerror(errno)))
+    }
+}
+
+/// A NIC's port, as the kernel sees it.
+struct Port {
+    state: PathBuf,
+    /// When it was looked at last, and whether it was down.
+    seen: Option<(Instant, bool)>,
+}
+
+impl Port {
+    fn new(device: &str) -> Self {
+        let state = format!("/sys/class/infiniband/{device}/ports/1/state").into();
+        Self { state, seen: None }
+    }
+
+    /// Whether it is known to be down.
+    fn is_down(&mut self) -> bool {
+        if let Some((_, down)) = self.seen.filter(|(when, _)| when.elapsed() < PORT_CHECK) {
+            return down;
+        }
+        // "4: ACTIVE", "1: DOWN", ...
+        let state = std::fs::read_to_string(&self.state);
+        let down = state.is_ok_and(|state| state.contains("DOWN"));
+        self.seen = Some((Instant::now(), down));
+        down
     }
 }
 

@@ -591,6 +591,7 @@ impl Transport {
         Stats {
             provider: shared.provider.clone(),
             rails: shared.names.iter().enumerate().map(rail).collect(),
+            peers: shared.engine.peer_states(),
         }
     }
 }

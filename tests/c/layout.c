@@ -91,7 +91,14 @@ FIELD(mefa_nic_stats, starved, 56);
 FIELD(mefa_nic_stats, strays, 64);
 FIELD(mefa_nic_stats, overdue, 72);
 FIELD(mefa_nic_stats, pending_bytes, 80);
-SIZE(mefa_nic_stats, 88);
+FIELD(mefa_nic_stats, retried, 88);
+FIELD(mefa_nic_stats, faults_permanent, 96);
+FIELD(mefa_nic_stats, faults_peer, 104);
+FIELD(mefa_nic_stats, faults_rail, 112);
+FIELD(mefa_nic_stats, faults_pressure, 120);
+FIELD(mefa_nic_stats, faults_ours, 128);
+FIELD(mefa_nic_stats, paused, 136);
+SIZE(mefa_nic_stats, 144);
 
 SIZE(mefa_transport, 8);
 SIZE(mefa_segment, 8);

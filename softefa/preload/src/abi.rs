@@ -200,6 +200,7 @@ impl Context {
             return;
         }
         *was = down;
+        self.world.show_port(self.device.index, down);
         let event: ibv_event_type = if down { IBV_EVENT_PORT_ERR } else { IBV_EVENT_PORT_ACTIVE };
         // SAFETY: an open descriptor; four bytes of ours.
         unsafe {

@@ -1,5 +1,6 @@
 //! What this process is in the cluster, and how its devices are to be.
 
+use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -134,7 +135,7 @@ fn make() -> Result<World, String> {
     };
     let cluster = Cluster::open(&cluster::default_dir()).map_err(|error| error.to_string())?;
     let host = host.unwrap_or_else(|| cluster.host_of_namespace());
-    let root = cluster.dir().join(format!("sys-{host}"));
+    let root = sysfs_root(&cluster, host);
     sysfs::create(&root, &profile, host)
         .map_err(|error| format!("softefa: {}: {error}", root.display()))?;
     let owner = cluster.join().map_err(|error| error.to_string())?;
@@ -148,6 +149,11 @@ fn make() -> Result<World, String> {
     Ok(World { cluster, config, profile, host, owner: AtomicU32::new(owner) })
 }
 
+/// Where the `/sys` of a host is.
+fn sysfs_root(cluster: &Cluster, host: u16) -> PathBuf {
+    cluster.dir().join(format!("sys-{host}"))
+}
+
 extern "C" fn in_child() {
     if let Some(Some(world)) = WORLD.get() {
         world.owner.store(0, Ordering::SeqCst);
@@ -157,6 +163,14 @@ extern "C" fn in_child() {
 }
 
 impl World {
+    /// Shows in `/sys` whether a NIC's port is down.
+    pub fn show_port(&self, nic: u16, down: bool) {
+        let name = &self.profile.nics[usize::from(nic)].name;
+        if let Err(error) = sysfs::set_port(&sysfs_root(&self.cluster, self.host), name, down) {
+            eprintln!("softefa: the port of {name}: {error}");
+        }
+    }
+
     /// This process in the cluster's table.
     pub fn me(&self) -> Owner {
         let owner = self.owner.load(Ordering::Relaxed);
