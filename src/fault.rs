@@ -178,6 +178,8 @@ impl Fault {
     /// An error that is in no table is held to be the rail's: to try again is safe, since what failed is
     /// quiet and what is tried again moves the same bytes to the same place.
     pub fn new(errno: i32, device: Option<i32>, words: impl fmt::Display) -> Self {
+        // Some are handed through with the sign that calls return them with (seen with 1.17).
+        let errno = errno.saturating_abs();
         let found = device.and_then(|status| row(EFA, status)).or_else(|| row(ERRNOS, errno));
         let &(_, class, cause, remedy) =
             found.unwrap_or(&(0, Rail, "an error that is not in our table", ""));
@@ -261,6 +263,7 @@ mod tests {
         assert_eq!(fault.class, Permanent);
         assert!(fault.text.contains("under this key") && fault.text.ends_with("[words]"));
         assert_eq!(Fault::new(libc::ECONNRESET, None, "").class, Peer);
+        assert_eq!(Fault::new(-libc::ENOMEM, None, "").class, Pressure);
         assert_eq!(Fault::new(FI + 10, None, "").class, Permanent);
         // A provider's number that is not a status, and one that nobody knows.
         assert_eq!(Fault::new(libc::ECONNRESET, Some(-104), "").class, Peer);

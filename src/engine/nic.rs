@@ -57,6 +57,14 @@ pub trait Nic: Send {
         false
     }
 
+    /// Whether a peer that nothing was posted to yet has answered this NIC: [`Post::Again`] until it has. The
+    /// address and key are those of the first operation. (Where the provider has to hear from a peer first, it
+    /// keeps what is posted before that, and never gives it back if no answer comes.)
+    fn greet(&mut self, peer: PeerAddress, remote: u64, key: u64) -> Post {
+        let _ = (peer, remote, key);
+        Post::Done
+    }
+
     /// Posts an operation. After [`Post::Done`] it completes or fails, exactly once.
     fn post(&mut self, operation: &Operation) -> Post;
 

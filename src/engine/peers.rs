@@ -29,6 +29,10 @@ pub(super) struct Peer {
     pub waiting: VecDeque<Span>,
     /// Poll up to which the provider is not asked to take more for it.
     pub held_until: u64,
+    /// It answered our greeting.
+    pub met: bool,
+    /// When it was first greeted, nanoseconds; 0: not yet.
+    pub greeted: u64,
 }
 
 impl Peer {
@@ -88,12 +92,8 @@ impl Peers {
         }
     }
 
-    /// The provider was found not to want more for this peer, at `poll` lately.
-    pub fn is_held(&self, peer: PeerIndex, poll: u64) -> bool {
-        poll < self.entries[peer as usize].held_until
-    }
-
     /// How many are known.
+    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.entries.len() - self.free.len()
     }
@@ -117,6 +117,8 @@ impl Peers {
             broken: false,
             waiting: VecDeque::new(),
             held_until: 0,
+            met: false,
+            greeted: 0,
         };
         let index = match self.free.pop() {
             Some(index) => {

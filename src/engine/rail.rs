@@ -30,7 +30,9 @@ const TURN: usize = 32;
 const TURNS: usize = 8;
 /// Polls without a completion before a post that was put off is tried again. Trying at once only gets
 /// in the provider's way: with `shm` it takes a lock that the target needs to make room.
-const HOLD_OFF: u32 = 32;
+const HOLD_OFF: u64 = 32;
+/// How long a peer may take to answer the provider's greeting, nanoseconds.
+const GREETING: u64 = 5_000_000_000;
 /// Longest wait for the NIC while someone else is using it: no call of a healthy provider takes so long.
 const UNRESPONSIVE: Duration = Duration::from_secs(10);
 /// How often the processor is offered to others in [`Rail::give_way`], some 0.3 us each if none takes it.
@@ -91,6 +93,8 @@ pub(super) struct Broken {
     /// How often it was tried.
     pub tries: u8,
     pub write: bool,
+    /// The peer is to be connected anew.
+    pub reconnect: bool,
     pub fault: Fault,
 }
 
@@ -122,6 +126,12 @@ impl<N: Nic> Posting<'_, N> {
             return Step::Gone;
         }
         let Some(&slot) = self.free.last() else { return Step::Full };
+        if !peer.met {
+            match self.greet(peer, span) {
+                Step::Whole => peer.met = true,
+                step => return step,
+            }
+        }
         let length = span.length.min(self.slice);
         let operation = Operation {
             write: span.write,
@@ -160,15 +170,38 @@ impl<N: Nic> Posting<'_, N> {
             }
             Post::Again => Step::Again,
             Post::Failed(errno) => {
-                self.refused(span, errno);
+                self.refused(span, self.nic.explain(errno), self.rail.connects);
                 Step::Gone
             }
         }
     }
 
+    /// See [`Nic::greet`].
     #[cold]
-    fn refused(&mut self, span: &Span, errno: i32) {
-        let fault = self.nic.explain(errno);
+    fn greet(&mut self, peer: &mut Peer, span: &Span) -> Step {
+        match self.nic.greet(peer.address, span.remote - span.base, span.key) {
+            Post::Done => return Step::Whole,
+            Post::Again if peer.greeted == 0 => peer.greeted = self.now.max(1),
+            Post::Again if self.now.saturating_sub(peer.greeted) < GREETING => {}
+            Post::Again => {
+                let text = format!(
+                    "the peer's NIC did not answer our greeting for {:?}; is its process alive and \
+                     making progress, and do both security groups allow all traffic of the other?",
+                    Duration::from_nanos(GREETING)
+                );
+                self.refused(span, Fault { class: Class::Peer, text }, true);
+                return Step::Gone;
+            }
+            Post::Failed(errno) => {
+                self.refused(span, self.nic.explain(errno), self.rail.connects);
+                return Step::Gone;
+            }
+        }
+        Step::Again
+    }
+
+    #[cold]
+    fn refused(&mut self, span: &Span, fault: Fault, reconnect: bool) {
         add(&self.rail.counters.faults[fault.class as usize], 1);
         self.outcome.broken.push(Broken {
             rail: self.rail.index,
@@ -180,6 +213,7 @@ impl<N: Nic> Posting<'_, N> {
             region: span.region,
             tries: span.tries.saturating_add(1),
             write: span.write,
+            reconnect,
             fault,
         });
     }
@@ -398,8 +432,6 @@ struct Driver<N> {
     failed: Vec<(u32, Fault)>,
     peers: Peers,
     polls: u64,
-    /// Polls to go before the provider is asked again after it said "again".
-    hold_off: u32,
     next_scan: u64,
 }
 
@@ -429,7 +461,6 @@ impl<N: Nic> Rail<N> {
             failed: Vec::new(),
             peers: Peers::new(keep),
             polls: 0,
-            hold_off: 0,
             next_scan: 0,
         };
         Self {
@@ -541,14 +572,7 @@ impl<N: Nic> Rail<N> {
         add(&self.turns, 1);
         let mut events = 0;
         for _ in 0..TURNS {
-            let finished = self.poll(&mut driver, shared, now, outcome);
-            events += finished;
-            if driver.hold_off > 0 {
-                driver.hold_off = if finished > 0 { 0 } else { driver.hold_off - 1 };
-                if driver.hold_off > 0 {
-                    break;
-                }
-            }
+            events += self.poll(&mut driver, shared, now, outcome);
             let posted = self.post(&mut driver, shared, now, outcome);
             events += posted;
             if posted < TURN {
@@ -618,6 +642,7 @@ impl<N: Nic> Rail<N> {
                 region: flight.region,
                 tries: flight.tries,
                 write: flight.state == State::Write,
+                reconnect: self.connects,
                 fault,
             });
         }
@@ -659,16 +684,15 @@ impl<N: Nic> Rail<N> {
         now: u64,
         outcome: &mut Outcome,
     ) -> usize {
-        let Driver { nic, flights, free, taken, peers, polls, hold_off, .. } = driver;
+        let Driver { nic, flights, free, taken, peers, polls, .. } = driver;
         let slice = shared.slice.min(nic.max_length());
         let groups = shared.batches.groups();
         let mut posting =
             Posting { rail: self, shared, groups, nic, flights, free, slice, now, outcome };
         let mut posted = 0;
-        let mut again = false;
         // Those who had to wait come first, each in turn, until none may have more.
         let mut idle = 0;
-        while posted < TURN && !again && idle < peers.blocked.len() {
+        while posted < TURN && idle < peers.blocked.len() {
             let Some(index) = peers.blocked.pop_front() else { break };
             idle += 1;
             let peer = peers.at(index);
@@ -682,7 +706,7 @@ impl<N: Nic> Rail<N> {
                         Step::Whole | Step::Part => (posted, idle) = (posted + 1, 0),
                         Step::Gone => idle = 0,
                         Step::Full => {}
-                        Step::Again => again = self.put_off(peers, *polls, index),
+                        Step::Again => self.put_off(peer, *polls),
                     }
                 }
             }
@@ -690,15 +714,16 @@ impl<N: Nic> Rail<N> {
                 peers.blocked.push_back(index);
             }
         }
-        while posted < TURN && !again {
+        while posted < TURN {
             if taken.is_empty() {
                 std::mem::swap(taken, &mut *self.queue.lock());
             }
             let Some(span) = taken.front_mut() else { break };
-            let (index, free) = (span.peer, posting.free.len());
-            let peer = peers.at(index);
-            if free > 0 && !(peer.may_fly(free) && peer.waiting.is_empty()) {
-                add(&self.counters.starved, 1);
+            let free = posting.free.len();
+            let peer = peers.at(span.peer);
+            let may_fly = free == 0 || peer.may_fly(free);
+            if !(may_fly && peer.waiting.is_empty()) {
+                add(&self.counters.starved, u64::from(!may_fly));
                 peers.wait(*span);
                 taken.pop_front();
                 continue;
@@ -715,17 +740,12 @@ impl<N: Nic> Rail<N> {
                     break;
                 }
                 Step::Again => {
-                    again = self.put_off(peers, *polls, index);
-                    if !again {
-                        // The others need not wait for this one.
-                        peers.wait(*span);
-                        taken.pop_front();
-                    }
+                    // Others need not wait for this one.
+                    self.put_off(peer, *polls);
+                    peers.wait(*span);
+                    taken.pop_front();
                 }
             }
-        }
-        if again {
-            *hold_off = HOLD_OFF;
         }
         if posted > 0 {
             add(&self.counters.posted, posted as u64);
@@ -733,14 +753,11 @@ impl<N: Nic> Rail<N> {
         posted
     }
 
-    /// The provider does not take more for this peer now. True if it is not to be asked for anybody either:
-    /// it was not the only one, or there is no other.
+    /// The provider does not take more for this peer now.
     #[cold]
-    fn put_off(&self, peers: &mut Peers, polls: u64, peer: PeerIndex) -> bool {
+    fn put_off(&self, peer: &mut Peer, polls: u64) {
         add(&self.counters.put_off, 1);
-        peers.at(peer).held_until = polls + u64::from(HOLD_OFF);
-        peers.len() == 1
-            || peers.blocked.iter().any(|&other| other != peer && peers.is_held(other, polls))
+        peer.held_until = polls + HOLD_OFF;
     }
 
     /// Ends what is past its deadline. What is queued is given up; what is in flight stays the

@@ -137,7 +137,7 @@ impl<N: Nic> Engine<N> {
         if let (Class::Peer, Some(pause)) = (part.fault.class, own.health.fail(now)) {
             paused(format_args!("{} of {}", own.name, target.name), pause);
         }
-        if rail.connects {
+        if part.reconnect {
             target.set_broken(part.rail, nic);
             self.replace(part, target);
         }

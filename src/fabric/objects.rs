@@ -833,11 +833,21 @@ impl Endpoint {
                 )
             }
         };
-        match ret {
-            0 => Post::Done,
-            again if again == -(ffi::FI_EAGAIN as isize) => Post::Again,
-            error => Post::Failed(i32::try_from(-error).unwrap_or(i32::MAX)),
-        }
+        posted(ret)
+    }
+
+    /// Greets a peer by a write of no bytes: [`Post::Again`] until it has answered, after which the write is
+    /// sent. The `efa` provider asks a peer what it can do before the first operation, and keeps operations
+    /// until it answers, 16 of an endpoint's at most; where no answer comes they are never given back, nor is
+    /// their place (seen with 2.7). It does not keep what is injected (`efa_rdm_ep_enforce_handshake_for_txe`).
+    pub fn greet(&self, peer: PeerAddress, remote: u64, key: u64) -> Post {
+        let nothing = [0_u8; 1];
+        let ep = self.bound.raw.as_ptr();
+        // SAFETY: the endpoint is enabled and used by one thread; no byte of the buffer is read, and what is
+        // injected is not looked at after the call.
+        let ret: isize =
+            unsafe { call!(ep, rma.inject(ep, nothing.as_ptr().cast(), 0, peer.0, remote, key)) };
+        posted(ret)
     }
 
     /// Which context a completion belongs to; `None` for one that is not an operation of ours.
@@ -861,6 +871,14 @@ impl Endpoint {
     /// The queue that its completions go to.
     pub fn queue(&self) -> &CompletionQueue {
         &self.bound.queue
+    }
+}
+
+fn posted(ret: isize) -> Post {
+    match ret {
+        0 => Post::Done,
+        again if again == -(ffi::FI_EAGAIN as isize) => Post::Again,
+        error => Post::Failed(i32::try_from(-error).unwrap_or(i32::MAX)),
     }
 }
 

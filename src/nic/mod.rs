@@ -296,6 +296,11 @@ impl Nic for FabricNic {
         !self.is_efa
     }
 
+    fn greet(&mut self, peer: PeerAddress, remote: u64, key: u64) -> Post {
+        // Older libfabric waits for the answer itself.
+        if self.info.device_rma() { self.endpoint.greet(peer, remote, key) } else { Post::Done }
+    }
+
     fn post(&mut self, operation: &Operation) -> Post {
         let slot = operation.slot as usize;
         let (Some(&generation), Some(Some(region))) =
