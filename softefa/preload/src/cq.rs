@@ -79,6 +79,9 @@ pub struct Cq {
     /// On the direct data path: what the provider rings, and what was last seen there.
     pub doorbell: AtomicU32,
     rung: AtomicU32,
+    /// On the direct data path: so many completions at least have been read, or the provider could not
+    /// have posted what it has.
+    made_room: AtomicU32,
     direct: AtomicBool,
     /// Whether overruns can be told: on the direct path not any more once a queue pair is gone.
     countable: AtomicBool,
@@ -117,6 +120,7 @@ impl Cq {
             qps: Mutex::default(),
             doorbell: AtomicU32::new(0),
             rung: AtomicU32::new(0),
+            made_room: AtomicU32::new(0),
             direct: AtomicBool::new(false),
             countable: AtomicBool::new(true),
         })
@@ -154,12 +158,20 @@ impl Cq {
         self.fire();
     }
 
+    /// So many work requests were posted for which only completions that were read can have made room.
+    pub fn made_room(&self, n: u32) {
+        self.made_room.fetch_add(n, Ordering::Release);
+    }
+
+    /// Completions that nobody has read. On the direct data path: at most so many, for the provider says
+    /// how far it is only when it asks for an event or leaves something unread.
     fn outstanding(&self) -> u32 {
         let produced = self.produced.load(Ordering::Relaxed);
         if self.direct.load(Ordering::Relaxed) {
             // The doorbell has 16 bits of the reader's count.
             let read = self.doorbell.load(Ordering::Acquire) & 0xffff;
-            return (produced & 0xffff).wrapping_sub(read) & 0xffff;
+            let by_doorbell = (produced & 0xffff).wrapping_sub(read) & 0xffff;
+            return by_doorbell.min(produced.wrapping_sub(self.made_room.load(Ordering::Acquire)));
         }
         produced.wrapping_sub(self.consumed.load(Ordering::Acquire))
     }

@@ -63,8 +63,9 @@ struct Receiver {
     /// Descriptors written, and taken.
     written: u16,
     taken: u16,
-    /// On the direct path: up to where requests were counted.
+    /// On the direct path: up to where requests were counted, and how many they were.
     counted: u16,
+    posted: u64,
     /// Packets so far, which the rules count by.
     packets: u64,
     rules: Option<(u32, ForQueue)>,
@@ -173,6 +174,7 @@ impl Qp {
                 written: 0,
                 taken: 0,
                 counted: 0,
+                posted: 0,
                 packets: 0,
                 rules: None,
             }),
@@ -279,6 +281,9 @@ impl Qp {
             let wqe = unsafe { self.sq.slot(sender.taken).read_volatile() };
             sender.taken = sender.taken.wrapping_add(1);
             self.used.fetch_add(1, Ordering::Relaxed);
+            if sender.posted >= self.sq.len() as u64 {
+                self.send_cq().made_room(1);
+            }
             self.post(&mut sender, wqe);
         }
         true
@@ -703,6 +708,10 @@ impl Qp {
             recv.counted = recv.counted.wrapping_add(1);
         }
         if posted > 0 {
+            let room = self.rq.len() as u64;
+            let before = recv.posted.max(room);
+            recv.posted += posted;
+            self.recv_cq().made_room(recv.posted.saturating_sub(before) as u32);
             recv.written = rung;
             self.shared.counters.add(Counter::receives, posted);
             self.shared.ring().post(posted);
