@@ -225,12 +225,17 @@ mod tests {
 
     #[test]
     fn what_is_no_message_is_refused() {
-        for text in ["\n", "x\n", "{\n", "1 2\n", "12", "\u{e9}\n"] {
+        for text in ["\n", "x\n", "{\n", "1 2\n", "1", "\u{e9}\n"] {
             match heard(text.as_bytes(), 99) {
-                Ok(heard) => assert_eq!(heard, Some(12), "{text:?}"),
+                Ok(heard) => assert_eq!(heard, Some(1), "{text:?}"),
                 Err(error) => assert!(error.text.contains("bench of this version"), "{error}"),
             }
         }
+        let order = r#"{"\r\nEvil: yes":1}"#;
+        let Err(error) = hear::<_, Order>(&mut order.as_bytes(), 99, &mut |_| Ok(())) else {
+            panic!()
+        };
+        assert!(error.text.contains("??Evil"), "{error}");
     }
 
     #[test]
