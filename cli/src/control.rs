@@ -85,8 +85,12 @@ pub fn hear<R: BufRead, T: DeserializeOwned>(
     before: &mut impl FnMut(&R) -> io::Result<()>,
 ) -> Result<Option<T>> {
     let silent = |why| failed("the other side does not answer", why);
-    let strange =
-        |why: String| failed("the other side is not a mooncake-efa bench of this version", why);
+    let strange = |why: String| {
+        // It may repeat what came, and goes into one line of a log.
+        let safe = |c: char| if c.is_control() { '?' } else { c };
+        let why: String = why.chars().take(200).map(safe).collect();
+        failed("the other side is not a mooncake-efa bench of this version", why)
+    };
     let mut line = Vec::new();
     loop {
         fill(reader, before).map_err(silent)?;
