@@ -65,12 +65,13 @@ bench-programs: # raw_rma and c_abi, in build/bench
 	cc -std=gnu11 -O2 -Wall -Wextra -pthread -Iinclude -o build/bench/c_abi bench/c_abi.c \
 		build/bench/libmooncake_efa.so.0 -Wl,--enable-new-dtags,-rpath,'$$ORIGIN'
 
-lint: build ## formatting, clippy, that header, symbols and `unsafe` are as they should be, and a request's cost
+lint: build ## formatting, clippy, that header, symbols, ABI and `unsafe` are as they should be, and a request's cost
 	@scripts/setup lint header
 	$(ENV) $(CARGO) fmt --all --check
 	$(ENV) $(CARGO) clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
 	scripts/check-header
 	scripts/check-symbols $(TARGET_DIR)/release/libmooncake_efa.so
+	scripts/check-abi
 	scripts/check-unsafe
 	$(ENV) scripts/check-cost
 

@@ -188,8 +188,13 @@ int EfaTransport::allocateLocalSegmentID() { return context_list_.front()->adapt
 
 int EfaTransport::startHandshakeDaemon(std::string &) {
     const auto &rpc = metadata_->localRpcMeta();
+    // They come on a thread of the metadata's, which outlives us.
+    const std::weak_ptr<EfaContext> ours = context_list_.front();
     const int code = metadata_->startHandshakeDaemon(
-        [this](const HandShakeDesc &peer, HandShakeDesc &local) { return onSetupEfaConnections(peer, local); },
+        [ours](const HandShakeDesc &peer, HandShakeDesc &local) {
+            const auto context = ours.lock();
+            return context ? context->adapter.answer(peer, local) : ERR_ENDPOINT;
+        },
         rpc.rpc_port, rpc.sockfd);
     if (code != 0)
         LOG(ERROR) << "EfaTransport: handshakes cannot be received on port " << rpc.rpc_port << " (" << code << ")";

@@ -358,6 +358,9 @@ constexpr std::size_t most_installed = 256;
 std::array<std::atomic<Installed *>, most_installed> table;
 std::atomic<std::size_t> table_used;
 std::mutex table_mutex;
+// Held by whoever answers a peer's handshake: they come on a thread of the metadata's, which outlives the
+// transport.
+std::mutex answering;
 // Objects of modules that were refused. Their own destructor must not run: it takes for granted that install
 // began.
 std::vector<void *> refused;
@@ -389,6 +392,8 @@ std::unique_ptr<Installed> take(const void *self) {
         Installed *one = slot.load(std::memory_order_relaxed);
         if (one == nullptr || one->self != self) continue;
         slot.store(nullptr, std::memory_order_release);
+        // Whoever found it before has answered then.
+        const std::lock_guard<std::mutex> answered(answering);
         return std::unique_ptr<Installed>(one);
     }
     return nullptr;
@@ -550,8 +555,13 @@ int swap_warm_up(void *self, const std::string &name) {
 EXPORT int swap_answer(void *self, const void *peer, void *local)
     asm(EFA_ANSWER);
 int swap_answer(void *self, const void *peer, void *local) {
+    const std::lock_guard<std::mutex> answers(answering);
     Installed *one = installed(self);
-    if (one == nullptr) return CALLER.answer(self, peer, local);
+    if (one == nullptr) {
+        const Module &module = CALLER;
+        // Where we serve, it is one that has just ended: there is nothing behind it any more.
+        return module.refusal.empty() ? MEFA_CODE_ENDPOINT : module.answer(self, peer, local);
+    }
     return one->module.is_312 ? one->answer<abi::Handshake312>(peer, local)
                               : one->answer<abi::Handshake>(peer, local);
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::topology::{
-    MAX_NAME, Topology, bounded, check_name, limit, malformed, parse, printable,
+    MAX_NAME, Topology, bounded, check_name, limit, line, malformed, parse, printable,
 };
 
 /// The protocol of the segments that are understood.
@@ -134,7 +134,15 @@ impl Segment {
     /// Applies the checks that [`Self::from_json`] makes to a descriptor that came another way.
     pub fn check(&self) -> Result<()> {
         for (what, text) in [("name", &self.name), ("rdma_server_name", &self.rdma_server_name)] {
-            limit(what, text, MAX_NAME)?;
+            line(what, text)?;
+        }
+        for (what, count, most) in [
+            ("devices", self.devices.len(), MAX_DEVICES),
+            ("buffers", self.buffers.len(), MAX_BUFFERS),
+        ] {
+            if count > most {
+                return Err(malformed(format!("{count} {what}, at most {most} allowed")));
+            }
         }
         if self.protocol != PROTOCOL {
             let protocol = printable(&self.protocol);
@@ -270,8 +278,8 @@ impl Handshake {
     }
 
     fn check(&self) -> Result<()> {
-        limit("local_nic_path", &self.local_nic_path, MAX_NAME)?;
-        limit("peer_nic_path", &self.peer_nic_path, MAX_NAME)?;
+        line("local_nic_path", &self.local_nic_path)?;
+        line("peer_nic_path", &self.peer_nic_path)?;
         limit("reply_msg", &self.reply_msg, MAX_NAME)?;
         limit("efa_addr", &self.efa_addr, 2 * MAX_ADDRESS)?;
         if hex_decode(&self.efa_addr).is_none() {
@@ -427,6 +435,14 @@ mod tests {
             (r#""protocol":"efa","#, "", "protocol '', only 'efa' is known"),
             (r#""cpu:0":"#, r#""":"#, "priority_matrix: location: empty"),
             ("10.0.0.1:15001", &long, "name: 4097 bytes, at most 4096 allowed"),
+            ("10.0.0.1:15001", r"a\nb", r"'a?b': name: has the control character '\n'"),
+            ("fe80::1", r"a\u0000", r"device 0: gid: has the control character '\0'"),
+            (
+                r#""name":"rdmap1s6""#,
+                r#""name":"\u001b[2J""#,
+                "device 1: NIC: has the control char",
+            ),
+            ("cuda:3", r"\u0085", "buffer 0: location: has the control character"),
         ];
         for (from, to, part) in table {
             assert!(SEGMENT.contains(from), "{from}");
@@ -482,6 +498,14 @@ mod tests {
         }
         let text = format!("{{{}}}", " ".repeat(MAX_TEXT - 1));
         refused(Segment::from_json(&text), "segment descriptor: 67108865 bytes, at most", "");
+    }
+
+    #[test]
+    fn limits_hold_for_what_was_not_read() {
+        let many = Segment { devices: vec![Device::default(); MAX_DEVICES + 1], ..segment() };
+        refused(many.check(), "1025 devices, at most 1024", "");
+        let many = Segment { buffers: vec![Buffer::default(); MAX_BUFFERS + 1], ..segment() };
+        refused(many.check(), "1000001 buffers, at most 1000000", "");
     }
 
     #[test]
@@ -552,6 +576,8 @@ mod tests {
             ("a:1@x", &name, "local_nic_path: 4097 bytes"),
             ("b:2@y", &name, "peer_nic_path: 4097 bytes"),
             ("no", &name, "reply_msg: 4097 bytes"),
+            ("a:1@x", r"a:1\r", r"'a:1?': local_nic_path: has the control character '\r'"),
+            ("b:2@y", r"b:2\u0000", r"peer_nic_path: has the control character '\0'"),
         ] {
             refused(Handshake::from_json(&HANDSHAKE.replace(from, to)), "handshake from '", part);
         }

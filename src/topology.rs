@@ -1,7 +1,7 @@
 //! Mooncake's NIC priority matrix: which network devices are near which memory.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -102,15 +102,19 @@ impl Topology {
         let mut preferred = Vec::new();
         let mut others = Vec::new();
         if let Some(entry) = self.entries.get(location).filter(|_| location != "*") {
-            for (list, indices) in
+            // A peer may name a thousand NICs a thousand times.
+            let indices: HashMap<&str, usize> =
+                names.iter().enumerate().rev().map(|(index, name)| (&**name, index)).collect();
+            let mut taken = vec![false; names.len()];
+            for (list, near) in
                 [(&entry.preferred, &mut preferred), (&entry.available, &mut others)]
             {
-                for name in list {
-                    let index = names.iter().position(|n| n == name);
-                    indices.extend(index.filter(|i| !indices.contains(i)));
+                for &index in list.iter().filter_map(|name| indices.get(&**name)) {
+                    if !std::mem::replace(&mut taken[index], true) {
+                        near.push(index);
+                    }
                 }
             }
-            others.retain(|i| !preferred.contains(i));
         }
         if preferred.is_empty() {
             preferred = std::mem::take(&mut others);
@@ -220,12 +224,22 @@ pub(crate) fn parse<T: DeserializeOwned>(what: &str, text: &str, max: usize) -> 
     })
 }
 
-/// Refuses a name that is empty or too long. `what` says whose it is.
+/// Refuses a name that is empty, or that [`line`] refuses. `what` says whose it is.
 pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
     if name.is_empty() {
         return Err(malformed(format!("{what}: empty")));
     }
-    limit(what, name, MAX_NAME)
+    line(what, name)
+}
+
+/// Refuses `text`, a `what`, if it is too long for a name, or has control characters: names go into
+/// errors and logs, which are lines, and to C.
+pub(crate) fn line(what: &str, text: &str) -> Result<()> {
+    limit(what, text, MAX_NAME)?;
+    match text.chars().find(|c| c.is_control()) {
+        Some(c) => Err(malformed(format!("{what}: has the control character {c:?}"))),
+        None => Ok(()),
+    }
 }
 
 /// Refuses `text`, a `what`, if it is longer than `max` bytes.
@@ -298,10 +312,9 @@ mod tests {
             (r#"{"":[[],[]]}"#.into(), "location: empty"),
             (r#"{"cpu:0":[[],["a",""]]}"#.into(), "location 'cpu:0': NIC: empty"),
             (format!(r#"{{"{long}":[[],[]]}}"#), "location: 4097 bytes, at most 4096"),
-            (
-                format!(r#"{{"x\n":[["{long}"],[]]}}"#),
-                "location 'x?': NIC: 4097 bytes, at most 4096",
-            ),
+            (format!(r#"{{"x":[["{long}"],[]]}}"#), "location 'x': NIC: 4097 bytes, at most 4096"),
+            (r#"{"x\n":[[],[]]}"#.into(), "location: has the control character '\\n'"),
+            (r#"{"x":[["a\u0000"],[]]}"#.into(), "NIC: has the control character '\\0'"),
             (format!(r#"{{"a":[[{many}],[]]}}"#), "more than 1024 elements"),
             (format!("{{{}}}", locations.join(",")), "more than 4096 locations"),
             (format!("{{{}}}", " ".repeat(MAX_TEXT)), "4194306 bytes, at most 4194304 allowed"),

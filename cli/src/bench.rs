@@ -16,7 +16,7 @@ use mooncake_efa::segment::Segment;
 use mooncake_efa::transport::{self, Options, Transport};
 use mooncake_efa::{Code, Error, Result};
 
-use crate::control::{Answer, Hello, Line, Order};
+use crate::control::{ANSWER, Answer, HELLO, Hello, Line, Order};
 use crate::units::{Unit, size};
 use crate::{pattern, target};
 
@@ -331,9 +331,21 @@ struct Pair {
 impl Pair {
     fn connect(args: &Args, address: &str, touched: u64) -> Result<Self> {
         let mut line = Line::connect(address)?;
-        let hello: Hello = line.receive(false)?.ok_or_else(|| {
-            Error::new(Code::Endpoint, format!("the target at {address} hung up"))
+        let hello: Hello = line.receive(HELLO, ANSWER)?.ok_or_else(|| {
+            let most = target::MOST;
+            let text =
+                format!("the target at {address} hung up; it serves {most} initiators at most");
+            Error::new(Code::Endpoint, text)
         })?;
+        if hello.address.checked_add(hello.length).is_none() {
+            return Err(Error::new(
+                Code::Endpoint,
+                format!(
+                    "the target tells of {} bytes at {:#x}, which go past the end of the address space",
+                    hello.length, hello.address
+                ),
+            ));
+        }
         if hello.length < touched {
             return Err(Error::invalid(format!(
                 "the target's buffer has {} bytes, {touched} are needed: give both sides the same \
@@ -462,7 +474,7 @@ fn wrong(what: &str, base: u64, offset: u64, expected: u8, found: u8) -> Error {
         Code::Internal,
         format!(
             "WRONG BYTE {what} at {:#x} (offset {offset}): expected {expected:#04x}, found {found:#04x}",
-            base + offset
+            base.wrapping_add(offset)
         ),
     )
 }

@@ -10,11 +10,19 @@ use mooncake_efa::transport::Transport;
 use mooncake_efa::{Code, Error, Result};
 
 use crate::bench::cpu_seconds;
-use crate::control::{Answer, Hello, Line, Order};
+use crate::control::{Answer, Hello, Line, Order, WORD};
 use crate::pattern;
 
 /// Longest wait for conversations to end before the process does.
 const LEAVE: Duration = Duration::from_secs(2);
+/// Most initiators served at a time.
+pub const MOST: usize = 64;
+/// Longest silence before the first order: an initiator fills its own buffer then.
+const FIRST: Duration = Duration::from_secs(600);
+/// Longest silence between two orders: the longest measurement, and some.
+const IDLE: Duration = Duration::from_secs(90_000);
+/// Pause after a connection that could not be taken, mostly for lack of file descriptors.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves initiators, one connection a thread, until the process is ended. With `until_stdin_ends`
 /// it ends when whoever started it does.
@@ -35,11 +43,24 @@ pub fn serve(
     let shared = Arc::downgrade(&transport);
     let accept = move || {
         for stream in listener.incoming() {
-            let (Some(transport), buffer) = (shared.upgrade(), buffer.clone()) else { return };
+            let Some(transport) = shared.upgrade() else { return };
+            let stream = match stream {
+                Ok(stream) => stream,
+                Err(why) => {
+                    log::warn!("an initiator could not be taken: {why}");
+                    std::thread::sleep(PAUSE);
+                    continue;
+                }
+            };
+            // Beside ours here and serve's, one a conversation.
+            if Arc::strong_count(&transport) >= MOST + 2 {
+                log::warn!("an initiator was turned away: {MOST} are served already");
+                continue;
+            }
+            let buffer = buffer.clone();
             std::thread::spawn(move || {
-                let stream = stream.map_err(|why| Error::new(Code::Endpoint, why.to_string()));
-                let line = stream.and_then(Line::new);
-                if let Err(error) = line.and_then(|line| converse(line, &transport, &buffer)) {
+                let spoken = Line::new(stream).and_then(|line| converse(line, &transport, &buffer));
+                if let Err(error) = spoken {
                     log::warn!("an initiator left: {error}");
                 }
             });
@@ -65,7 +86,9 @@ fn converse(mut line: Line, transport: &Transport, buffer: &Buffer) -> Result<()
         address: buffer.address(),
         length: buffer.length(),
     })?;
-    while let Some(order) = line.receive(true)? {
+    let mut patience = FIRST;
+    while let Some(order) = line.receive(WORD, patience)? {
+        patience = IDLE;
         let answer = match order {
             Order::Fill { length, .. } | Order::Check { length, .. }
                 if length > buffer.length() =>

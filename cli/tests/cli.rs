@@ -113,6 +113,44 @@ fn two_hosts_one_after_the_other() {
 }
 
 #[test]
+fn a_target_serves_so_many_and_no_nonsense() {
+    use std::io::Write;
+    use std::net::TcpStream;
+    let (mut target, address) = target();
+    let connect = || BufReader::new(TcpStream::connect(&address).expect("it listens"));
+    let hear = |connection: &mut BufReader<TcpStream>| {
+        let mut line = String::new();
+        connection.read_line(&mut line).map_or(0, |_| line.len())
+    };
+    // A place is free a moment after its connection was closed.
+    let served = || {
+        let limit = Instant::now() + Duration::from_secs(60);
+        loop {
+            let mut connection = connect();
+            if hear(&mut connection) > 100 {
+                return connection;
+            }
+            assert!(Instant::now() < limit, "nobody is served");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    // What is no order ends the conversation, however long it is.
+    for nonsense in ["7\n".to_owned(), "\"Fill\"\n".to_owned(), "x".repeat(100_000)] {
+        let mut connection = served();
+        // It may be closed before it has taken all of it.
+        let _ = connection.get_mut().write_all(nonsense.as_bytes());
+        assert_eq!(hear(&mut connection), 0, "{nonsense:.20}");
+    }
+    let mut all: Vec<_> = (0..64).map(|_| served()).collect();
+    assert_eq!(hear(&mut connect()), 0, "one too many is turned away");
+    // When some are gone, others are served.
+    all.truncate(32);
+    drop(served());
+    target.kill().expect("killed");
+    target.wait().expect("dead");
+}
+
+#[test]
 fn a_dead_target_is_an_error_not_a_hang() {
     let (mut target, address) = target();
     let mut long = SMALL;

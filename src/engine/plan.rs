@@ -192,7 +192,6 @@ impl Plan {
         let target = target as u32;
         let mut done = 0;
         self.tasks.push((length, request.cookie));
-        self.bytes += length;
         if length == 0 {
             self.groups.push(Group { first: task, tasks: 1, bytes: 0, write, target });
         }
@@ -224,7 +223,7 @@ impl Plan {
                 write,
             };
             if merge && part == length && extend(&mut self.pieces, &mut self.groups, request, way) {
-                return Ok(());
+                break;
             }
             if self.uses.last().is_none_or(|used| used.local_region != way.local_region) {
                 if !users.enter(ours.number) {
@@ -239,6 +238,7 @@ impl Plan {
             self.pieces.push(Piece { local: at, remote: there, length: part, first: task, way });
             done += part;
         }
+        self.bytes = self.bytes.saturating_add(length);
         Ok(())
     }
 

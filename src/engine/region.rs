@@ -77,11 +77,13 @@ pub(super) struct RangeMap<R> {
     chunks: Vec<Arc<[R]>>,
     /// Each chunk's first start.
     starts: Vec<u64>,
+    /// Each chunk's highest end, and the highest of it and all before it: where it is no use to look on.
+    ends: Vec<(u64, u64)>,
 }
 
 impl<R> Default for RangeMap<R> {
     fn default() -> Self {
-        Self { chunks: Vec::new(), starts: Vec::new() }
+        Self { chunks: Vec::new(), starts: Vec::new(), ends: Vec::new() }
     }
 }
 
@@ -103,7 +105,7 @@ impl<R: Range + Clone> RangeMap<R> {
             let (mine, others) = rest.split_at(here);
             rest = others;
             if mine.is_empty() {
-                new.push(chunk.clone());
+                new.push(chunk.clone(), self.ends[index].0);
             } else {
                 let mut merged = [chunk, mine].concat();
                 merged.sort_by_key(Range::start);
@@ -122,13 +124,13 @@ impl<R: Range + Clone> RangeMap<R> {
             let after = self.starts.partition_point(|first| first <= start);
             touched[..after].last_mut().into_iter().for_each(|touched| *touched = true);
         }
-        for (chunk, touched) in self.chunks.iter().zip(touched) {
-            if touched {
+        for (index, chunk) in self.chunks.iter().enumerate() {
+            if touched[index] {
                 let left = |range: &&R| starts.binary_search(&range.start()).is_err();
                 let left: Vec<R> = chunk.iter().filter(left).cloned().collect();
                 new.extend(&left);
             } else {
-                new.push(chunk.clone());
+                new.push(chunk.clone(), self.ends[index].0);
             }
         }
         new
@@ -143,16 +145,21 @@ impl<R: Range + Clone> RangeMap<R> {
         if let Some(last) = self.chunks.last_mut() {
             if last.len() + ranges.len() <= CHUNK / 2 {
                 *last = [last, ranges].concat().into();
+                let (own, all) = self.ends.last_mut().expect("one a chunk");
+                *own = highest(ranges).max(*own);
+                *all = (*own).max(*all);
                 return;
             }
         }
         let parts = ranges.len().div_ceil(CHUNK);
         for part in ranges.chunks(ranges.len().div_ceil(parts)) {
-            self.push(part.into());
+            self.push(part.into(), highest(part));
         }
     }
 
-    fn push(&mut self, chunk: Arc<[R]>) {
+    fn push(&mut self, chunk: Arc<[R]>, end: u64) {
+        let before = self.ends.last().map_or(0, |&(_, all)| all);
+        self.ends.push((end, end.max(before)));
         self.starts.push(chunk[0].start());
         self.chunks.push(chunk);
     }
@@ -167,6 +174,9 @@ impl<R: Range + Clone> RangeMap<R> {
         // A peer's ranges may overlap, so the nearest start need not be the one that holds it.
         let chunks = self.starts.partition_point(|&start| start <= address);
         for (index, chunk) in self.chunks[..chunks].iter().enumerate().rev() {
+            if self.ends[index].1 <= address {
+                return None;
+            }
             let after = chunk.partition_point(|range| range.start() <= address);
             if let Some(offset) = chunk[..after].iter().rposition(|range| holds(&range)) {
                 *hint = index << CHUNK_BITS | offset;
@@ -188,6 +198,11 @@ impl<R: Range + Clone> RangeMap<R> {
     pub fn iter(&self) -> impl Iterator<Item = &R> {
         self.chunks.iter().flat_map(|chunk| chunk.iter())
     }
+}
+
+/// The highest end of some ranges.
+fn highest<R: Range>(ranges: &[R]) -> u64 {
+    ranges.iter().map(Range::end).max().unwrap_or(0)
 }
 
 /// A local region's number. Numbers are used again; the generation tells whose it is.
@@ -314,6 +329,28 @@ mod tests {
         }
         assert_eq!(map.iter().count(), 10);
         assert!(map.chunks.len() <= 10 && map.chunks.iter().all(|chunk| !chunk.is_empty()));
+    }
+
+    #[test]
+    fn what_overlaps_is_found_and_what_is_missing_soon_known() {
+        // One range over all, and small ones in between, added and removed in several ways.
+        let small = |numbers: std::ops::Range<u64>| {
+            numbers.map(|at| region(at * 10, at * 10 + 5)).collect::<Vec<_>>()
+        };
+        let mut map = RangeMap::new(small(1000..5000));
+        map = map.with(vec![region(5, 100_000)]).with(small(0..1)).with(small(5000..5003));
+        assert_eq!(map.find(49_997, &mut 0).map(|range| range.start), Some(5));
+        assert_eq!(map.find(49_991, &mut 0).map(|range| range.start), Some(49_990));
+        assert_eq!(map.find(100_000, &mut 0), None);
+        map = map.without(&[5]);
+        assert_eq!(map.find(49_997, &mut 0), None);
+        assert_eq!(map.find(50_024, &mut 0).map(|range| range.start), Some(50_020));
+        let mut all = 0;
+        for (chunk, &(own, reach)) in map.chunks.iter().zip(&map.ends) {
+            all = highest(chunk).max(all);
+            assert_eq!((own, reach), (highest(chunk), all));
+        }
+        assert_eq!(map.ends.len(), map.chunks.len());
     }
 
     #[test]

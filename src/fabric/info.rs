@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 
 use super::bindings as ffi;
 use super::load::{Libfabric, version};
+use super::objects::MAX_NAME;
 use crate::error::{Code, Error, Result};
 
 /// What to ask for.
@@ -220,19 +221,71 @@ impl Info {
 
     /// The endpoint's addresses are IP ones.
     pub fn speaks_ip(&self) -> bool {
-        // SAFETY: as in domain_attr.
-        let format = unsafe { self.raw.as_ref().addr_format };
-        format == ffi::FI_SOCKADDR_IN || self.is_ipv6()
+        matches!(self.address_form(), AddressForm::Ipv4 | AddressForm::Ipv6)
     }
 
     /// The endpoint speaks IPv6 addresses.
     pub fn is_ipv6(&self) -> bool {
+        self.address_form() == AddressForm::Ipv6
+    }
+
+    /// What the endpoint's addresses, and so its peers', look like.
+    pub(super) fn address_form(&self) -> AddressForm {
         // SAFETY: as in domain_attr.
-        unsafe { self.raw.as_ref().addr_format == ffi::FI_SOCKADDR_IN6 }
+        match unsafe { self.raw.as_ref().addr_format } {
+            ffi::FI_SOCKADDR_IN => AddressForm::Ipv4,
+            ffi::FI_SOCKADDR_IN6 => AddressForm::Ipv6,
+            ffi::FI_ADDR_EFA => AddressForm::Efa,
+            ffi::FI_ADDR_STR => AddressForm::Text,
+            _ => AddressForm::Other,
+        }
     }
 
     fn has_mr_mode(&self, bit: u32) -> bool {
         self.domain_attr().mr_mode as u32 & bit != 0
+    }
+}
+
+/// What a provider's endpoint addresses look like. Providers believe what they are handed: `tcp` takes
+/// the length from the family, `shm` reads up to the NUL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AddressForm {
+    /// `struct sockaddr_in`.
+    Ipv4,
+    /// `struct sockaddr_in6`.
+    Ipv6,
+    /// `struct efa_ep_addr`.
+    Efa,
+    /// Text that ends with its only NUL.
+    Text,
+    /// One that is not known here.
+    Other,
+}
+
+impl AddressForm {
+    /// Whether `address` is of this form; what is wrong with it.
+    pub fn check(self, address: &[u8]) -> Result<(), String> {
+        let (right, wanted) = match self {
+            Self::Ipv4 => (16, Some(libc::AF_INET)),
+            Self::Ipv6 => (28, Some(libc::AF_INET6)),
+            // GID, queue pair, key, padding, and a pointer that means something to its owner only.
+            Self::Efa => (32, None),
+            Self::Text | Self::Other => (address.len().clamp(1, MAX_NAME), None),
+        };
+        if address.len() != right {
+            return Err(format!("it has {} bytes, not {right}", address.len()));
+        }
+        let ends = address.iter().position(|&byte| byte == 0);
+        if self == Self::Text && !matches!(ends, Some(1..) if ends == Some(right - 1)) {
+            return Err("it is not a text with a NUL at its end".into());
+        }
+        let family = i32::from(u16::from_ne_bytes([address[0], *address.get(1).unwrap_or(&0)]));
+        match wanted {
+            Some(wanted) if family != wanted => {
+                Err(format!("its family is {family}, not {wanted}"))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -249,4 +302,44 @@ fn string(text: *const std::ffi::c_char) -> String {
     }
     // SAFETY: libfabric's names are NUL-terminated and live as long as their fi_info.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peers_address_has_the_providers_form() {
+        let ip = |family: libc::c_int, length| {
+            let mut address = vec![9; length];
+            address[..2].copy_from_slice(&(family as u16).to_ne_bytes());
+            address
+        };
+        let (v4, v6) = (ip(libc::AF_INET, 16), ip(libc::AF_INET6, 28));
+        for (form, address, taken) in [
+            (AddressForm::Ipv4, &v4[..], true),
+            (AddressForm::Ipv4, &v4[..15], false),
+            (AddressForm::Ipv4, &v6[..16], false),
+            (AddressForm::Ipv4, &v6, false),
+            (AddressForm::Ipv6, &v6, true),
+            (AddressForm::Ipv6, &v4, false),
+            (AddressForm::Ipv6, &ip(libc::AF_INET, 28), false),
+            (AddressForm::Efa, &[1; 32], true),
+            (AddressForm::Efa, &[1; 31], false),
+            (AddressForm::Efa, &[1; 33], false),
+            (AddressForm::Efa, &[], false),
+            (AddressForm::Text, b"fi_shm://1\0", true),
+            (AddressForm::Text, b"fi_shm://1", false),
+            (AddressForm::Text, b"fi_shm://1\0x\0", false),
+            (AddressForm::Text, b"\0", false),
+            (AddressForm::Text, b"", false),
+            (AddressForm::Text, &[b'x'; MAX_NAME + 1], false),
+            (AddressForm::Other, &[0], true),
+            (AddressForm::Other, &[0; MAX_NAME], true),
+            (AddressForm::Other, &[0; MAX_NAME + 1], false),
+            (AddressForm::Other, &[], false),
+        ] {
+            assert_eq!(form.check(address).is_ok(), taken, "{form:?} {address:?}");
+        }
+    }
 }

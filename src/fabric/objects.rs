@@ -7,11 +7,12 @@ use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
 use super::bindings as ffi;
+use super::info::AddressForm;
 use super::{Info, Libfabric, Memory};
 use crate::error::{Code, Error, Result};
 
 /// Longest endpoint address we handle; libfabric's are 16 to 64 bytes.
-const MAX_NAME: usize = 256;
+pub(super) const MAX_NAME: usize = 256;
 
 /// Calls a function of an object's table, or evaluates to `-FI_ENOSYS` where the provider has none.
 macro_rules! call {
@@ -69,6 +70,7 @@ impl Drop for Fabric {
 pub struct Domain {
     raw: NonNull<ffi::fid_domain>,
     fabric: Arc<Fabric>,
+    addresses: AddressForm,
 }
 
 // SAFETY: FI_THREAD_DOMAIN asks that one thread at a time uses the domain and its objects; the nic
@@ -87,7 +89,7 @@ impl Domain {
             call!(fabric, ops.domain(fabric, info.raw.as_ptr(), &raw mut raw, null_mut()))
         };
         let raw = opened(fabric.lib, "fi_domain", ret, raw)?;
-        Ok(Arc::new(Self { raw, fabric: fabric.clone() }))
+        Ok(Arc::new(Self { raw, fabric: fabric.clone(), addresses: info.address_form() }))
     }
 
     fn lib(&self) -> &'static Libfabric {
@@ -403,15 +405,14 @@ impl AddressVector {
         Ok(Arc::new(Self { raw, domain: domain.clone() }))
     }
 
-    /// Adds a peer by its endpoint's address, as [`Endpoint::address`] gives it.
+    /// Adds a peer by its endpoint's address, as [`Endpoint::address`] gives it. It came from the peer:
+    /// one that is not of the provider's form is refused.
     pub fn insert(&self, address: &[u8]) -> Result<PeerAddress> {
-        if address.is_empty() || address.len() > MAX_NAME {
-            return Err(Error::new(
-                Code::Endpoint,
-                format!("a peer's endpoint address of {} bytes cannot be right", address.len()),
-            ));
+        if let Err(why) = self.domain.addresses.check(address) {
+            let text = format!("a peer's endpoint address cannot be right: {why}");
+            return Err(Error::new(Code::Endpoint, text));
         }
-        // Providers read as many bytes as their own addresses have, whatever we were sent.
+        // Providers read as many bytes as their own addresses have.
         let mut padded = [0_u8; MAX_NAME];
         padded[..address.len()].copy_from_slice(address);
         let mut peer: ffi::fi_addr_t = u64::MAX;

@@ -1,11 +1,20 @@
 //! Which devices a transport opens.
 
+use std::io::Read;
+
+use crate::topology::MAX_TEXT;
+
 use super::{Code, Config, Device, Error, FabricNic, Libfabric, Limits, Result, Topology};
 
 pub(super) fn read_topology(path: &std::path::Path) -> Result<Topology> {
     let context = format!("MC_CUSTOM_TOPO_JSON={}", path.display());
-    let text =
-        std::fs::read_to_string(path).map_err(|why| Error::invalid(format!("{context}: {why}")))?;
+    // No more than can be right, whatever the file is.
+    let read = || -> std::io::Result<String> {
+        let mut text = String::new();
+        std::fs::File::open(path)?.take(MAX_TEXT as u64 + 1).read_to_string(&mut text)?;
+        Ok(text)
+    };
+    let text = read().map_err(|why| Error::invalid(format!("{context}: {why}")))?;
     Topology::from_json(&text).map_err(|error| error.context(context))
 }
 
@@ -143,5 +152,19 @@ pub(super) fn open_all(
     match last {
         Some(error) if nics.is_empty() => Err(error),
         _ => Ok(nics),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topology_file_is_read_as_far_as_it_can_be_right() {
+        // It has no end.
+        let error = read_topology("/dev/zero".as_ref()).unwrap_err();
+        assert!(error.text.contains("4194305 bytes, at most 4194304 allowed"), "{error}");
+        let error = read_topology("/no/such/file".as_ref()).unwrap_err();
+        assert!(error.text.contains("MC_CUSTOM_TOPO_JSON=/no/such/file: No such"), "{error}");
     }
 }

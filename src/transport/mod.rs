@@ -28,7 +28,7 @@ use crate::nic::{self, Device, FabricNic, Limits};
 use crate::segment::{self, Buffer as BufferDescriptor, Handshake, Segment};
 use crate::stats::{RailStats, Stats};
 use crate::sync::{AtomicBool, Ordering};
-use crate::topology::{MAX_NAME, Topology};
+use crate::topology::{MAX_NAME, Topology, printable};
 
 pub use crate::engine::Registered;
 use choice::{choose, no_devices, open_all, read_topology};
@@ -435,7 +435,8 @@ impl Transport {
             }
         }
         if !answer.reply_msg.is_empty() {
-            log::warn!("handshake from {} refused: {}", request.local_nic_path, answer.reply_msg);
+            let (from, why) = (printable(&request.local_nic_path), printable(&answer.reply_msg));
+            log::warn!("handshake from {from} refused: {why}");
         }
         Ok(answer.to_json())
     }
@@ -715,17 +716,18 @@ impl Shared {
             };
             nics.push(RemoteNic { name: device.name.clone(), address });
         }
+        // A million buffers have few locations; and one without keys, of which a descriptor has room for
+        // very many, has no use for them.
+        let mut near: HashMap<&str, Vec<u16>> = HashMap::new();
+        let mut preferred = |location| {
+            let nics = || segment.topology.nics_for(location, &names).0.into_iter();
+            near.entry(location).or_insert_with(|| nics().map(|nic| nic as u16).collect()).clone()
+        };
         let buffers = segment.buffers.iter().map(|buffer| RemoteBuffer {
             address: buffer.addr,
             length: buffer.length,
             keys: buffer.rkey.clone(),
-            preferred: segment
-                .topology
-                .nics_for(&buffer.name, &names)
-                .0
-                .into_iter()
-                .map(|nic| nic as u16)
-                .collect(),
+            preferred: if buffer.rkey.is_empty() { Vec::new() } else { preferred(&buffer.name) },
         });
         Ok(RemoteSegment {
             name: segment.name.clone(),
@@ -801,7 +803,7 @@ impl Shared {
         };
         let answer = Handshake::from_json(&host.handshake(&server, &request.to_json())?)?;
         if !answer.reply_msg.is_empty() {
-            return Err(refused(format!("refused: {}", answer.reply_msg)));
+            return Err(refused(format!("refused: {}", printable(&answer.reply_msg))));
         }
         let address = segment::hex_decode(&answer.efa_addr)
             .filter(|address| !address.is_empty())
