@@ -126,10 +126,10 @@ mod substitute {
             *self.0.lock() = value;
         }
 
-        pub fn compare_and_swap(&self, current: &Option<Arc<T>>, new: Option<Arc<T>>) -> Guard<T> {
+        pub fn compare_and_swap(&self, current: &Arc<T>, new: Option<Arc<T>>) -> Guard<T> {
             let mut value = self.0.lock();
             let before = value.clone();
-            if before.as_ref().map(Arc::as_ptr) == current.as_ref().map(Arc::as_ptr) {
+            if before.as_ref().is_some_and(|before| Arc::ptr_eq(before, current)) {
                 *value = new;
             }
             Guard(before)

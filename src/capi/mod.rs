@@ -47,6 +47,7 @@ fn slot(transport: mefa_transport) -> Result<&'static ArcSwapOption<Transport>> 
 /// Calls `f` with a transport.
 fn with<R>(transport: mefa_transport, f: impl FnOnce(&Transport) -> Result<R>) -> Result<R> {
     let guard: Guard<Option<Arc<Transport>>> = slot(transport)?.load();
+    slot(transport)?; // it may have become another's since it was looked up
     match &*guard {
         Some(transport) => f(transport),
         None => Err(Error::invalid(format!("transport {transport:#x} is being uninstalled"))),

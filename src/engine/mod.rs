@@ -933,9 +933,11 @@ impl<N: Nic> Engine<N> {
         self.rails[rail].load()
     }
 
-    /// Whether anything is queued or in flight.
+    /// Whether nothing is queued or in flight.
     pub fn is_idle(&self) -> bool {
-        self.rails.iter().all(|rail| rail.load() == 0)
+        // What failed may go to a rail that was looked at already, before its own is.
+        let moves = self.moves();
+        self.rails.iter().all(|rail| rail.load() == 0) && self.moves() == moves
     }
 
     /// Turns driven on a rail so far, by anyone.

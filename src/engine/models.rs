@@ -9,6 +9,7 @@ use loom::thread::{self, JoinHandle};
 use super::batch::{Aim, BatchId, Batches, Ended, GroupRef, Status};
 use super::failure::Failure;
 use super::health::{Health, Use};
+use super::peers::Released;
 use super::region::{Number, Users};
 use super::table::{Seal, Table};
 use super::{
@@ -222,7 +223,7 @@ fn a_pinned_batch_is_not_recycled() {
 /// [`a_pinned_batch_is_not_recycled`], where it is found by looking through all, not by its number.
 #[test]
 fn whoever_looks_through_all_batches_finds_whole_ones() {
-    check(None, || {
+    check(3, || {
         let world = World::new();
         let old = world.batches.allocate(2).expect("room");
         let pin = world.batches.pin(old).expect("a batch");
@@ -392,7 +393,7 @@ fn overdue_and_completed_at_once() {
 /// used again.
 #[test]
 fn a_late_group_holds_its_batch_until_it_is_back() {
-    check(None, || {
+    check(3, || {
         let world = World::new();
         let batch = world.batches.allocate(1).expect("room");
         let group = world.start(batch, 1, 0);
@@ -595,6 +596,22 @@ fn a_pause_that_is_over_has_one_probe() {
     });
 }
 
+// ---- peers --------------------------------------------------------------------------------------
+
+#[test]
+fn a_peer_that_is_released_is_taken_note_of_once() {
+    check(None, || {
+        let released = Arc::new(Released::new(1));
+        let others = [1, 2].map(|peer| spawn(&released, move |it| it.add(0, peer, false)));
+        let mut taken = Vec::new();
+        released.take(0, |peer, _| taken.push(peer));
+        others.into_iter().for_each(join);
+        released.take(0, |peer, _| taken.push(peer));
+        taken.sort_unstable();
+        assert_eq!(taken, [1, 2]);
+    });
+}
+
 // ---- the engine ---------------------------------------------------------------------------------
 
 /// A NIC that is done with every operation at the next poll.
@@ -602,8 +619,14 @@ fn a_pause_that_is_over_has_one_probe() {
 pub(crate) struct QuickNic {
     posted: Vec<u32>,
     peers: Vec<u64>,
-    /// Say so many times that it has failed, first.
+    /// So many operations fail first.
     failures: u32,
+}
+
+impl QuickNic {
+    pub fn failing(failures: u32) -> Self {
+        Self { failures, ..Self::default() }
+    }
 }
 
 impl Nic for QuickNic {
@@ -684,6 +707,12 @@ fn segment(address: u8) -> RemoteSegment {
 
 impl Bench {
     pub fn new(rails: u16) -> Arc<Self> {
+        Arc::new(Self::over((0..rails).map(|_| QuickNic::default()).collect()))
+    }
+
+    /// On these NICs, of which the first gets the first operation.
+    pub fn over(nics: Vec<QuickNic>) -> Self {
+        let rails = nics.len() as u16;
         let settings = Settings {
             slice: 1 << 20,
             merge: true,
@@ -692,7 +721,7 @@ impl Bench {
             tries: 3,
             keep_peers: 0,
         };
-        let nics = (0..rails).map(|rail| (rail.to_string(), QuickNic::default())).collect();
+        let nics = nics.into_iter().map(|nic| ("nic".into(), nic)).collect();
         let engine = Engine::new(nics, settings, None);
         let registration = Registration {
             memory: Memory::simulated(0x1000, 0x1000),
@@ -703,7 +732,7 @@ impl Bench {
         };
         engine.register(&[registration]).expect("registered");
         let target = engine.add_target(segment(1)).expect("target");
-        Arc::new(Self { engine, target })
+        Self { engine, target }
     }
 
     pub fn submit(&self, batch: BatchId) {
@@ -716,6 +745,12 @@ impl Bench {
             cookie: 0,
         };
         self.engine.submit(batch, [request].into_iter(), 0, u64::MAX).expect("started");
+    }
+
+    /// The address of a target, if it is open.
+    fn address(&self, target: TargetId) -> Option<u8> {
+        let target = self.engine.target(target).ok()?;
+        target.nics[0].address.load().as_ref().map(|address| address[0])
     }
 
     pub fn is_final(&self, batch: BatchId) -> bool {
@@ -738,5 +773,96 @@ fn what_nobody_drives_is_seen() {
             bench.engine.progress(0);
         }
         assert!(bench.engine.is_idle());
+    });
+}
+
+/// What fails goes to the other rail and back: until it has ended, the engine is not seen idle.
+#[test]
+fn what_goes_to_another_rail_is_not_lost_from_sight() {
+    check(3, || {
+        let failing = || QuickNic::failing(1);
+        let bench = Arc::new(Bench::over(vec![failing(), failing()]));
+        let batch = bench.engine.allocate_batch(1).expect("room");
+        bench.submit(batch);
+        let driver = spawn(&bench, move |bench| {
+            let mut now = 0;
+            while !bench.is_final(batch) {
+                now += 10_000_000;
+                bench.engine.progress(now);
+            }
+        });
+        let watcher = spawn(&bench, |bench| {
+            if bench.engine.is_idle() {
+                assert!(bench.engine.is_idle(), "and it stays so");
+            }
+        });
+        join(driver);
+        join(watcher);
+        assert!(bench.engine.is_idle());
+    });
+}
+
+/// A newer descriptor comes for a target that is closed at that time, and whose place is another's at once.
+#[test]
+fn a_closed_target_does_not_come_back_as_another() {
+    check(3, || {
+        let bench = Bench::new(1);
+        let old = bench.target;
+        let other = spawn(&bench, move |bench| drop(bench.engine.update_target(old, segment(2))));
+        bench.engine.remove_target(old).expect("open");
+        let new = bench.engine.add_target(segment(3)).expect("room");
+        join(other);
+        assert_eq!(bench.address(new), Some(3));
+        assert_eq!(bench.address(old), None);
+    });
+}
+
+#[test]
+fn a_newer_descriptor_is_not_lost() {
+    check(3, || {
+        let bench = Bench::new(1);
+        let other = spawn(&bench, |bench| {
+            let old = bench.engine.target(bench.target).expect("open");
+            bench.engine.replace(bench.engine.seal.place(bench.target.0).0, &old);
+        });
+        bench.engine.update_target(bench.target, segment(2)).expect("open");
+        join(other);
+        assert_eq!(bench.address(bench.target), Some(2));
+    });
+}
+
+#[test]
+fn a_stale_target_is_not_taken_for_another() {
+    check(3, || {
+        let bench = Bench::new(1);
+        let old = bench.target;
+        let other = spawn(&bench, move |bench| {
+            let address = bench.address(old);
+            assert!(matches!(address, None | Some(1)), "{address:?}");
+        });
+        bench.engine.remove_target(old).expect("open");
+        bench.engine.add_target(segment(3)).expect("room");
+        join(other);
+    });
+}
+
+/// A segment is closed while a request to it is on its way to be posted: its peer is known until then.
+#[test]
+fn a_peer_is_known_as_long_as_it_is_used() {
+    check(2, || {
+        let bench = Bench::new(1);
+        let batch = bench.engine.allocate_batch(1).expect("room");
+        let other = spawn(&bench, |bench| {
+            bench.engine.cancel_all(0); // forgets who is not used
+        });
+        bench.submit(batch);
+        bench.engine.remove_target(bench.target).expect("open");
+        join(other);
+        while !bench.is_final(batch) {
+            bench.engine.progress(0);
+        }
+        bench.engine.cancel_all(0);
+        let known = bench.engine.with_nic(0, |nic| Ok(nic.peers.len()));
+        assert_eq!(known.expect("a NIC"), 0);
     });
 }

@@ -139,18 +139,17 @@ impl<N: Nic> Engine<N> {
         }
         if part.reconnect {
             target.set_broken(part.rail, nic);
-            self.replace(part, target);
+            self.replace(self.shared.batches.group(part.group).aim().target, target);
         }
     }
 
-    /// Has the target of a part connect its peers anew.
-    fn replace(&self, part: &Broken, old: &Target) {
-        let aim = self.shared.batches.group(part.group).aim();
-        let Some(slot) = self.shared.targets.at(aim.target) else { return };
+    /// Has the target in a slot connect its peers anew.
+    pub(super) fn replace(&self, slot: u32, old: &Target) {
+        let Some(slot) = self.shared.targets.at(slot) else { return };
         let current = slot.load();
         // Unless that, or more, has happened meanwhile.
-        if current.as_ref().is_some_and(|current| std::ptr::eq(Arc::as_ptr(current), old)) {
-            slot.compare_and_swap(&*current, Some(Arc::new(old.anew())));
+        if let Some(current) = current.as_ref().filter(|it| std::ptr::eq(Arc::as_ptr(it), old)) {
+            slot.compare_and_swap(current, Some(Arc::new(old.anew())));
         }
     }
 
@@ -183,8 +182,8 @@ impl<N: Nic> Engine<N> {
                     let to = &self.rails[rail];
                     to.retried.fetch_add(1, Ordering::Relaxed);
                     to.push(&[span], span.length);
+                    // In this order, so that the engine is never seen idle.
                     self.moves.fetch_add(1, Ordering::Release);
-                    // After that, so that the engine is never seen idle.
                     self.rails[part.rail].hand_over(part.length);
                 }
                 Way::Later(when) => {
@@ -262,7 +261,7 @@ impl<N: Nic> Engine<N> {
         if let Some(target) = &target {
             let forgot = target.nic_of(part.rail, part.peer).is_some_and(|nic| target.forget(nic));
             if forgot {
-                self.replace(part, target);
+                self.replace(self.shared.batches.group(part.group).aim().target, target);
             }
             if part.fault.class == Class::Permanent {
                 target.set_stale();

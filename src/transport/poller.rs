@@ -5,7 +5,7 @@ use std::time::Duration;
 #[cfg(all(test, loom))]
 use models::Waiter;
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Nic};
 use crate::error::Result;
 #[cfg(not(all(test, loom)))]
 use crate::fabric::Waiter;
@@ -55,16 +55,6 @@ impl Sleeper {
             self.waiter.wake();
         }
     }
-
-    /// Calls `sleep`, unless there is work, or it is time to stop.
-    fn sleep_unless(&self, awaited: impl FnOnce() -> bool, sleep: impl FnOnce(&Waiter)) {
-        self.asleep.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst); // see `wake`
-        if !awaited() {
-            sleep(&self.waiter);
-        }
-        self.asleep.store(false, Ordering::Relaxed);
-    }
 }
 
 /// The life of the poller in bed `index`, until `stop`: it polls these rails. `clock` gives nanoseconds.
@@ -84,7 +74,7 @@ pub(super) fn run(
     let serves = |nic: &mut FabricNic| Ok(nic.peers_need_polls());
     let serves = rails.iter().any(|&rail| engine.with_nic(rail, serves).unwrap_or(true));
     let mut patience = Patience::default();
-    let mut moves = engine.moves();
+    let mut moves = 0;
     let mut cold = true;
     let (mut last_active, mut woken) = (clock(), 0);
     while !stop.load(Ordering::Acquire) {
@@ -141,37 +131,49 @@ pub(super) fn run(
             patience.pause();
         } else if now - woken > LOOK {
             let longest = HEARTBEAT.min(Duration::from_nanos(idle / SLEEP_PART));
-            sleep(engine, rails, &sleepers[index], stop, longest);
+            let sleep = |waiter: &Waiter| sleep(engine, rails, waiter, longest);
+            sleep_unless_needed(engine, rails, &sleepers[index], stop, moves, sleep);
             efforts.iter_mut().for_each(|(_, evidence)| *evidence = 0);
             (cold, woken) = (true, clock());
         }
     }
 }
 
-fn sleep(
-    engine: &Engine<FabricNic>,
+/// Calls `sleep`, unless there is something to do: work on these rails, work that moved to others' since there were
+/// so many `moves`, or to stop.
+fn sleep_unless_needed<N: Nic>(
+    engine: &Engine<N>,
     rails: &[usize],
     sleeper: &Sleeper,
     stop: &AtomicBool,
-    longest: Duration,
+    moves: u64,
+    sleep: impl FnOnce(&Waiter),
 ) {
-    let work = || rails.iter().any(|&rail| engine.load(rail) > 0);
-    let awaited = || work() || stop.load(Ordering::Acquire);
-    sleeper.sleep_unless(awaited, |waiter| {
-        let mut fds = Vec::with_capacity(rails.len());
-        let mut quiet = true;
-        for &rail in rails {
-            let looked = engine.with_nic(rail, |nic| {
-                fds.extend(nic.fd());
-                Ok(nic.fd().is_none() || nic.may_sleep())
-            });
-            quiet &= looked.unwrap_or(false);
-        }
-        if quiet {
-            let longest = if fds.len() == rails.len() { LONG_SLEEP } else { longest };
-            waiter.sleep(&fds, longest);
-        }
-    });
+    sleeper.asleep.store(true, Ordering::Relaxed);
+    fence(Ordering::SeqCst); // see Sleeper::wake
+    let work = rails.iter().any(|&rail| engine.load(rail) > 0);
+    // In this order: where work is gone because it moved, that is seen.
+    if !work && engine.moves() == moves && !stop.load(Ordering::Acquire) {
+        sleep(&sleeper.waiter);
+    }
+    sleeper.asleep.store(false, Ordering::Relaxed);
+}
+
+/// Sleeps until a device has something, somebody calls, or `longest` passes. Not where a device cannot tell.
+fn sleep(engine: &Engine<FabricNic>, rails: &[usize], waiter: &Waiter, longest: Duration) {
+    let mut fds = Vec::with_capacity(rails.len());
+    let mut quiet = true;
+    for &rail in rails {
+        let looked = engine.with_nic(rail, |nic| {
+            fds.extend(nic.fd());
+            Ok(nic.fd().is_none() || nic.may_sleep())
+        });
+        quiet &= looked.unwrap_or(false);
+    }
+    if quiet {
+        let longest = if fds.len() == rails.len() { LONG_SLEEP } else { longest };
+        waiter.sleep(&fds, longest);
+    }
 }
 
 /// How to wait for something that has no way to wake us: look again at once for a while, then let
@@ -248,7 +250,8 @@ mod models {
     use loom::sync::Condvar;
 
     use super::*;
-    use crate::engine::models::{Bench, check, join, spawn};
+    use crate::engine::BatchId;
+    use crate::engine::models::{Bench, QuickNic, check, join, spawn};
     use crate::sync::Mutex;
 
     /// A bed without an alarm clock: who is not woken sleeps for ever, and loom finds that.
@@ -277,30 +280,58 @@ mod models {
     }
 
     struct World {
-        bench: Arc<Bench>,
-        sleeper: Sleeper,
+        bench: Bench,
+        /// What is submitted: when it has ended, pollers stop.
+        batch: BatchId,
+        /// One a rail.
+        sleepers: Vec<Sleeper>,
         stop: AtomicBool,
     }
 
     impl World {
-        fn new() -> Arc<Self> {
-            let sleeper = Sleeper::new().expect("made");
-            Arc::new(Self { bench: Bench::new(1), sleeper, stop: AtomicBool::new(false) })
+        fn over(nics: Vec<QuickNic>) -> Arc<Self> {
+            let sleepers = nics.iter().map(|_| Sleeper::new().expect("made")).collect();
+            let bench = Bench::over(nics);
+            let batch = bench.engine.allocate_batch(1).expect("room");
+            Arc::new(Self { bench, batch, sleepers, stop: AtomicBool::new(false) })
         }
 
-        /// As [`run`], without the clock.
-        fn poll(&self) {
+        /// As [`run`], without the clock, until the batch has ended.
+        fn poll(&self, rail: usize) {
             let engine = &self.bench.engine;
+            let mut moves = 0;
+            let mut now = 0;
             while !self.stop.load(Ordering::Acquire) {
-                if engine.load(0) > 0 {
-                    if engine.poll(0, 0).unwrap_or(0) == 0 {
-                        loom::thread::yield_now();
-                    }
-                } else {
-                    let awaited = || engine.load(0) > 0 || self.stop.load(Ordering::Acquire);
-                    self.sleeper.sleep_unless(awaited, |waiter| waiter.sleep(&[], HEARTBEAT));
+                let work = engine.load(rail) > 0;
+                let mut idle = false;
+                if work {
+                    now += 10_000_000;
+                    idle = engine.poll(rail, now).unwrap_or(0) == 0;
+                }
+                if engine.moves() != moves {
+                    moves = engine.moves();
+                    self.sleepers.iter().for_each(Sleeper::wake);
+                }
+                if work && self.bench.is_final(self.batch) {
+                    self.stop();
+                } else if idle {
+                    loom::thread::yield_now();
+                } else if !work {
+                    let sleep = |waiter: &Waiter| waiter.sleep(&[], HEARTBEAT);
+                    let own = &self.sleepers[rail];
+                    sleep_unless_needed(engine, &[rail], own, &self.stop, moves, sleep);
                 }
             }
+        }
+
+        fn submit(&self) {
+            self.bench.submit(self.batch);
+            self.sleepers.iter().for_each(Sleeper::wake);
+        }
+
+        fn stop(&self) {
+            self.stop.store(true, Ordering::Release);
+            self.sleepers.iter().for_each(Sleeper::wake);
         }
     }
 
@@ -309,18 +340,14 @@ mod models {
     #[test]
     fn a_poller_does_what_is_left_to_it() {
         check(2, || {
-            let world = World::new();
-            let batch = world.bench.engine.allocate_batch(1).expect("room");
-            let poller = spawn(&world, World::poll);
+            let world = World::over(vec![QuickNic::default()]);
+            let poller = spawn(&world, |world| world.poll(0));
             let passer = spawn(&world, |world| world.bench.engine.progress(0));
-            world.bench.submit(batch);
-            world.sleeper.wake();
+            world.submit();
             join(passer);
-            while !world.bench.is_final(batch) {
-                loom::thread::yield_now();
+            if world.bench.is_final(world.batch) {
+                world.stop(); // it was one of these two who ended it
             }
-            world.stop.store(true, Ordering::Release);
-            world.sleeper.wake();
             join(poller);
         });
     }
@@ -328,11 +355,28 @@ mod models {
     #[test]
     fn a_sleeping_poller_is_stopped() {
         check(None, || {
-            let world = World::new();
-            let poller = spawn(&world, World::poll);
-            world.stop.store(true, Ordering::Release);
-            world.sleeper.wake();
+            let world = World::over(vec![QuickNic::default()]);
+            let poller = spawn(&world, |world| world.poll(0));
+            world.stop();
             join(poller);
+        });
+    }
+
+    /// What failed goes to the rail of another poller, which has nothing to do and sleeps.
+    #[test]
+    fn a_poller_is_woken_for_what_another_gives_it() {
+        check(1, || {
+            let failing = QuickNic::failing(1);
+            let world = World::over(vec![failing, QuickNic::default()]);
+            let pollers = [0, 1].map(|rail| spawn(&world, move |world| world.poll(rail)));
+            world.submit();
+            for now in 1..=2 {
+                world.bench.engine.poll(0, now * 10_000_000);
+            }
+            if world.bench.is_final(world.batch) {
+                world.stop();
+            }
+            pollers.into_iter().for_each(join);
         });
     }
 }
