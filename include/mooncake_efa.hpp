@@ -183,6 +183,11 @@ struct Batch : detail::Owned<mefa_batch, &mefa_batch_free, &detail::end_batch> {
     Result<> cancel() { return detail::done(mefa_cancel(transport(), raw())); }
     // Whether the memory may be used again, which after MEFA_STATUS_TIMEOUT need not be so.
     Result<bool> quiet() const { return detail::number<bool>(mefa_batch_quiet, transport(), raw()); }
+    // Waits until it may; MEFA_CODE_TIMEOUT if it may not by then.
+    Result<> wait_quiet(nanoseconds timeout) const {
+        const std::int64_t time = timeout.count() < 0 ? 0 : timeout.count();
+        return detail::done(mefa_wait_quiet(transport(), raw(), std::uint64_t(time)));
+    }
 };
 
 // Registered memory; unregistered by the destructor. If transfers use it at that moment it stays

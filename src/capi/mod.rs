@@ -913,7 +913,7 @@ pub extern "C" fn mefa_cancel(transport: mefa_transport, batch: mefa_batch) -> c
 }
 
 /// Whether the provider has given back all memory of a batch's requests: 1 or 0 in `*quiet`. It may be
-/// 0 after MEFA_STATUS_TIMEOUT; do not reuse the memory then. Any thread.
+/// 0 after MEFA_STATUS_TIMEOUT; do not reuse the memory then (mefa_wait_quiet waits for it). Any thread.
 ///
 /// # Safety
 /// `quiet` must be writable.
@@ -929,6 +929,22 @@ pub unsafe extern "C" fn mefa_batch_quiet(
         // SAFETY: the caller's promise.
         unsafe { put(quiet, i32::from(state), "quiet") }
     })
+}
+
+/// Waits until the provider has given back all memory of a batch's requests, making progress: what a caller
+/// does before he uses memory again of which a task ended with MEFA_STATUS_TIMEOUT. Every task has a final
+/// status then. Any thread.
+///
+/// Errors: MEFA_CODE_TIMEOUT if `timeout_ns` nanoseconds pass first (nothing has changed; the text says how
+/// many requests it is about).
+#[unsafe(no_mangle)]
+pub extern "C" fn mefa_wait_quiet(
+    transport: mefa_transport,
+    batch: mefa_batch,
+    timeout_ns: u64,
+) -> c_int {
+    let timeout = Duration::from_nanos(timeout_ns);
+    boundary(|| with(transport, |transport| transport.wait_quiet(BatchId(batch), timeout)))
 }
 
 // ---- statistics -------------------------------------------------------------------------------

@@ -897,7 +897,7 @@ impl<N: Nic> Engine<N> {
     /// Whether the provider has given back all memory of a batch's requests. Always so once no task
     /// is pending, but for those that timed out.
     pub fn is_quiet(&self, batch: BatchId) -> Result<bool> {
-        Ok(self.shared.batches.pin(batch)?.is_quiet())
+        Ok(self.shared.batches.pin(batch)?.in_use() == 0)
     }
 
     /// Cancels what a batch has under way. What is not posted ends at once; what is posted ends when
@@ -1079,6 +1079,11 @@ impl<N: Nic> Watch<'_, N> {
     /// As [`Engine::batch_status`], with no more than a load.
     pub fn status(&self) -> Status {
         self.pin.status()
+    }
+
+    /// How many of its requests, neighbours that were merged counted once, the provider has not given back.
+    pub fn in_use(&self) -> u32 {
+        self.pin.in_use()
     }
 
     /// As [`Engine::expire_all`], for this batch.

@@ -543,28 +543,14 @@ impl Transport {
     /// [`Code::Timeout`] if `timeout` passes first; the batch goes on.
     pub fn wait(&self, batch: BatchId, timeout: Duration) -> Result<Status> {
         let shared = &self.shared;
-        let limit = shared.now().saturating_add(nanoseconds(timeout));
-        let mut patience = Patience::default();
         let watched = shared.engine.watch(batch)?;
-        loop {
-            let status = watched.status();
-            if status.is_final() {
-                return Ok(status);
-            }
-            let now = shared.now();
-            if now >= limit {
-                return Err(Error::new(
-                    Code::Timeout,
-                    format!("the batch is still under way after {timeout:?}"),
-                ));
-            }
-            if shared.engine.progress(now).events > 0 {
-                patience = Patience::default();
-            } else {
-                watched.expire(now);
-                patience.pause();
-            }
-        }
+        let ended = shared.until(shared.after(timeout), |now| {
+            watched.expire(now);
+            Some(watched.status()).filter(|status| status.is_final())
+        });
+        ended.ok_or_else(|| {
+            Error::new(Code::Timeout, format!("the batch is still under way after {timeout:?}"))
+        })
     }
 
     /// Cancels what a batch has under way; its tasks end as [`Status::Canceled`] once their memory
@@ -579,6 +565,30 @@ impl Transport {
         let engine = &self.shared.engine;
         engine.progress(self.shared.now());
         engine.is_quiet(batch)
+    }
+
+    /// Waits until the provider has given back all memory of a batch's requests, making progress. Every
+    /// task has a final status then.
+    ///
+    /// # Errors
+    /// [`Code::Timeout`] if `timeout` passes first; nothing has changed then.
+    pub fn wait_quiet(&self, batch: BatchId, timeout: Duration) -> Result<()> {
+        let shared = &self.shared;
+        let watched = shared.engine.watch(batch)?;
+        let quiet = shared.until(shared.after(timeout), |now| {
+            watched.expire(now);
+            (watched.in_use() == 0).then_some(())
+        });
+        quiet.ok_or_else(|| {
+            Error::new(
+                Code::Timeout,
+                format!(
+                    "after {timeout:?} the provider still has memory of {} of the batch's requests \
+                     (neighbours that were merged count once)",
+                    watched.in_use()
+                ),
+            )
+        })
     }
 
     /// Counters of every NIC.
@@ -600,21 +610,15 @@ impl Drop for Transport {
     fn drop(&mut self) {
         let shared = &self.shared;
         shared.engine.cancel_all(shared.now());
-        let limit = Instant::now() + DRAIN;
-        let mut patience = Patience::default();
-        while !shared.engine.is_idle() && Instant::now() < limit {
-            match shared.engine.progress(shared.now()).events {
-                0 => patience.pause(),
-                _ => patience = Patience::default(),
-            }
-        }
-        if !shared.engine.is_idle() {
+        let idle = |_| shared.engine.is_idle().then_some(());
+        if shared.until(shared.after(DRAIN), idle).is_none() {
             log::warn!("operations in flight did not come back in {DRAIN:?}; closing anyway");
         }
+        let limit = Instant::now() + DRAIN;
         shared.stop.store(true, Ordering::Release);
         shared.sleepers.iter().for_each(Sleeper::wake);
         for poller in self.pollers.drain(..) {
-            while !poller.is_finished() && Instant::now() < limit + DRAIN {
+            while !poller.is_finished() && Instant::now() < limit {
                 std::thread::sleep(Duration::from_millis(1));
             }
             if poller.is_finished() {
@@ -651,6 +655,28 @@ impl Shared {
 
     fn now(&self) -> u64 {
         nanoseconds(self.clock.elapsed())
+    }
+
+    /// The time in `duration` from now.
+    fn after(&self, duration: Duration) -> u64 {
+        self.now().saturating_add(nanoseconds(duration))
+    }
+
+    /// Makes progress until `look`, which is told the time, finds what is waited for; `None` if it has not by
+    /// `limit`. It looks once at least.
+    fn until<T>(&self, limit: u64, mut look: impl FnMut(u64) -> Option<T>) -> Option<T> {
+        let mut patience = Patience::default();
+        loop {
+            let now = self.now();
+            let found = look(now);
+            if found.is_some() || now >= limit {
+                return found;
+            }
+            match self.engine.progress(now).events {
+                0 => patience.pause(),
+                _ => patience = Patience::default(),
+            }
+        }
     }
 
     /// Where memory is to be registered, among these rails; taken from the tables.
