@@ -617,21 +617,26 @@ int mefa_register_many(mefa_transport transport,
 
 /**
  * Ends the registration of the range that starts at `address`. Once it returned 0, nothing here uses
- * the memory any more. Any thread.
+ * the memory any more. While transfers of ours use it, it waits for them, 5 seconds at most, and makes
+ * progress; other memory may be registered meanwhile. Any thread.
  *
- * Errors: MEFA_CODE_ADDRESS_NOT_REGISTERED if no range starts there; MEFA_CODE_BUSY while transfers of
- * ours use it (it stays registered).
+ * Errors: MEFA_CODE_ADDRESS_NOT_REGISTERED if no range starts there; MEFA_CODE_BUSY if transfers of ours
+ * still use it then (it stays registered; the text says how many, and which is the oldest); MEFA_CODE_MEMORY
+ * if the provider refuses (it is not registered any more).
  */
 int mefa_unregister(mefa_transport transport,
                     void *address);
 
 /**
- * Unregisters several ranges. It goes on after an error, and returns the first one. Any thread.
+ * Unregisters several ranges, and waits 5 seconds at most for all together. It goes on after an error, and
+ * returns the first one. Any thread.
  *
  * # Safety
  * `addresses` must point to `count` pointers.
  */
-int mefa_unregister_many(mefa_transport transport, void *const *addresses, size_t count);
+int mefa_unregister_many(mefa_transport transport,
+                         void *const *addresses,
+                         size_t count);
 
 /**
  * Gives our segment descriptor as Mooncake's JSON, for the host's metadata or for a peer. Any thread.

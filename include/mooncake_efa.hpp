@@ -190,8 +190,8 @@ struct Batch : detail::Owned<mefa_batch, &mefa_batch_free, &detail::end_batch> {
     }
 };
 
-// Registered memory; unregistered by the destructor. If transfers use it at that moment it stays
-// registered until Transport's end, so let Batches end first, or call close() and look.
+// Registered memory; unregistered by the destructor, which waits up to 5 seconds for transfers that use it. If
+// that is not enough it stays registered until Transport's end: let Batches end first, or call close() and look.
 class Registration : public detail::Owned<void *, &mefa_unregister> {
 public:
     struct Region { std::uint64_t address, length; std::vector<std::uint64_t> keys; }; // a key a NIC

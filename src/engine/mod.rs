@@ -37,7 +37,7 @@ use crate::sync::Local as _;
 use crate::sync::{ArcSwapOption, AtomicU64};
 use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
-use failure::FailureLog;
+use failure::{FailureLog, UnderWay};
 pub use nic::{Nic, Operation, PeerAddress, Post};
 use peers::{PeerIndex, Released};
 use plan::Plan;
@@ -510,12 +510,7 @@ impl<N: Nic> Engine<N> {
     /// (nothing has changed then).
     pub fn unregister(&self, address: u64) -> Result<()> {
         let mut buffers = self.buffers.lock();
-        let record = buffers.get(&address).ok_or_else(|| {
-            Error::new(
-                Code::AddressNotRegistered,
-                format!("no registered memory starts at {address:#x}"),
-            )
-        })?;
+        let record = buffers.get(&address).ok_or_else(|| not_registered(address))?;
         let users = &self.shared.users;
         for (closed, (number, ..)) in record.regions.iter().enumerate() {
             if let Err(count) = users.close(*number) {
@@ -531,17 +526,37 @@ impl<N: Nic> Engine<N> {
         let record = buffers.remove(&address).expect("found above");
         let starts: Vec<u64> = record.regions.iter().map(|(_, start, _)| *start).collect();
         self.locals.store(Arc::new(self.locals.load().without(&starts)));
-        let mut result = Ok(());
+        let (mut result, mut unresponsive) = (Ok(()), Vec::new());
         for (number, _, rails) in &record.regions {
-            for &rail in rails {
-                let rail = &self.rails[usize::from(rail)];
+            for &index in rails {
+                let rail = &self.rails[usize::from(index)];
+                if unresponsive.contains(&index) {
+                    continue; // once is long enough to wait for it
+                }
                 if let Err(error) = rail.with_nic(|nic| nic.unregister(number.index)) {
+                    if error.code == Code::Busy {
+                        unresponsive.push(index);
+                    }
+                    // Not as "busy", whatever the reason: something has changed.
+                    let error = Error { code: Code::Memory, ..error };
                     result = Err(error.context(format!("unregistering on {}", rail.name)));
                 }
             }
             users.give_back(*number);
         }
         result
+    }
+
+    /// The oldest operation in flight on the registered range that starts at `address`, in words; `None` if
+    /// there is none, or if whoever drives its rail does not let go of it.
+    pub fn oldest_use(&self, address: u64, now: u64) -> Option<String> {
+        let regions: Vec<u32> = {
+            let buffers = self.buffers.lock();
+            buffers.get(&address)?.regions.iter().map(|(number, ..)| number.index).collect()
+        };
+        let oldest = |rail: &Rail<N>| rail.oldest_use(&self.shared, &regions, now);
+        let oldest = self.rails.iter().filter_map(oldest).max_by_key(|operation| operation.age)?;
+        Some(UnderWay(oldest).to_string())
     }
 
     // ---- targets ------------------------------------------------------------------------------
@@ -1098,6 +1113,11 @@ impl<N: Nic> Watch<'_, N> {
 fn tasks(requests: usize) -> Result<u32> {
     u32::try_from(requests)
         .map_err(|_| Error::new(Code::TooManyRequests, "more requests than any batch holds"))
+}
+
+pub(crate) fn not_registered(address: u64) -> Error {
+    let text = format!("no registered memory starts at {address:#x}");
+    Error::new(Code::AddressNotRegistered, text)
 }
 
 fn unknown_target(id: TargetId) -> Error {

@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 
 use crate::config::{Config, NicSelection};
 use crate::engine::{
-    BatchId, Engine, Observer, Progress, Refusal, Registration, RemoteBuffer, RemoteNic,
+    self, BatchId, Engine, Observer, Progress, Refusal, Registration, RemoteBuffer, RemoteNic,
     RemoteSegment, Request, Settings, Status, TargetId,
 };
 use crate::error::{Code, Error, Result};
@@ -52,6 +52,9 @@ const EXPIRE_EVERY: u64 = 100_000_000;
 const KEEP_PEERS: usize = 8192;
 /// Longest wait for operations in flight when a transport is dropped.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Longest wait of [`Transport::unregister`] for transfers that use the memory: far more than a healthy network
+/// needs to give back what it has, and no longer than a caller who only wants to be rid of it will bear.
+const UNREGISTER: Duration = Duration::from_secs(5);
 
 /// What the host engine does for us. Called on the thread that submits or warms up, which may be any;
 /// may block, must not call back into the transport.
@@ -325,18 +328,22 @@ impl Transport {
     }
 
     /// Ends the registration of the range that starts at `address`. Afterwards nothing of ours
-    /// touches that memory.
+    /// touches that memory. While our transfers use it, waits for them, 5 seconds at most, and makes progress;
+    /// it stays registered meanwhile, also for new ones.
     ///
     /// # Errors
-    /// [`Code::AddressNotRegistered`]; [`Code::Busy`] while our transfers use it.
+    /// [`Code::AddressNotRegistered`]; [`Code::Busy`] if it is still in use then (nothing has changed);
+    /// [`Code::Memory`] if the provider refuses (it is not registered any more).
     pub fn unregister(&self, address: u64) -> Result<()> {
-        let mut buffers = self.shared.buffers.lock();
-        let result = self.shared.engine.unregister(address);
-        if !matches!(&result, Err(error) if matches!(error.code, Code::Busy | Code::AddressNotRegistered))
-        {
-            buffers.remove(address);
-        }
-        result
+        self.unregister_many(&[address])
+    }
+
+    /// As [`Self::unregister`] for several ranges, with one such wait for all together. It goes on after an
+    /// error; the first one.
+    pub fn unregister_many(&self, addresses: &[u64]) -> Result<()> {
+        let limit = self.shared.after(UNREGISTER);
+        let results = addresses.iter().map(|&address| self.shared.unregister(address, limit));
+        results.fold(Ok(()), Result::and)
     }
 
     /// Our segment, for peers: NICs with their endpoints' addresses, and all registered memory.
@@ -651,6 +658,35 @@ impl Shared {
             make_way(progress);
         }
         Ok(())
+    }
+
+    fn unregister(&self, address: u64, limit: u64) -> Result<()> {
+        let registered = |buffers: &Buffers| buffers.numbers.get(&address).copied();
+        let gone = || engine::not_registered(address);
+        let number = registered(&self.buffers.lock()).ok_or_else(gone)?;
+        let mut busy = None;
+        // No lock is held while it waits. So another thread may end this registration meanwhile, and the same
+        // memory may be registered anew.
+        let ended = self.until(limit, |_| {
+            let mut buffers = self.buffers.lock();
+            if registered(&buffers) != Some(number) {
+                return Some(Err(gone()));
+            }
+            let result = self.engine.unregister(address);
+            if matches!(&result, Err(error) if error.code == Code::Busy) {
+                busy = result.err();
+                return None;
+            }
+            buffers.remove(address);
+            Some(result)
+        });
+        ended.unwrap_or_else(|| {
+            let mut error = busy.expect("it is why there was no result");
+            if let Some(oldest) = self.engine.oldest_use(address, self.now()) {
+                error.text += &format!("; the oldest: {oldest}");
+            }
+            Err(error)
+        })
     }
 
     fn now(&self) -> u64 {
