@@ -102,7 +102,8 @@ public:
         for (const Buffer &buffer : buffers) memories.push_back({buffer.addr, buffer.length, location.c_str()});
         return add_memory(memories, true);
     }
-    // Goes on after an error; the first one.
+    // Goes on after an error; the first one. What transfers still use after 5 seconds stays registered, and
+    // published; the engine keeps it in its own list too when it gets the error, so its caller may try again.
     int remove_memory(const std::vector<void *> &addresses, bool advertise);
 
     // Starts requests, all or none; their `target` is the engine's segment id (it is replaced by ours). Each

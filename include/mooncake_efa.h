@@ -119,7 +119,7 @@ typedef enum mefa_status {
      */
     MEFA_STATUS_COMPLETED = 4,
     /**
-     * Its deadline passed. Its memory may still be in use: ask mefa_batch_quiet.
+     * Its deadline passed. Its memory may still be in use: mefa_batch_quiet tells, mefa_wait_quiet waits.
      */
     MEFA_STATUS_TIMEOUT = 5,
     /**
@@ -185,10 +185,11 @@ typedef struct mefa_completion {
 
 /**
  * Told of tasks that got their final status, before mefa_task_status and mefa_batch_status show it.
- * Called on whatever thread made the progress (a poller of ours, or one inside mefa_submit, mefa_wait,
- * mefa_task_status, mefa_batch_status, mefa_cancel, mefa_batch_quiet or mefa_uninstall), possibly on
- * several at once. It may call mefa_submit; it must not block, uninstall, or throw. It is not called inside
- * itself: tasks that end by its own calls get their status, and are told of, when it has returned.
+ * Called on whatever thread made the progress (one of ours, or one inside mefa_submit, mefa_progress,
+ * mefa_wait, mefa_wait_quiet, mefa_task_status, mefa_batch_status, mefa_cancel, mefa_batch_quiet,
+ * mefa_unregister or mefa_uninstall), possibly on several at once. It may call mefa_submit; it must not block,
+ * uninstall, or throw. It is not called inside itself: tasks that end by its own calls get their status, and
+ * are told of, when it has returned.
  */
 typedef void (*mefa_completion_fn)(void *context,
                                    const struct mefa_completion *completions,
@@ -616,21 +617,26 @@ int mefa_register_many(mefa_transport transport,
 
 /**
  * Ends the registration of the range that starts at `address`. Once it returned 0, nothing here uses
- * the memory any more. Any thread.
+ * the memory any more. While transfers of ours use it, it waits for them, 5 seconds at most, and makes
+ * progress; other memory may be registered meanwhile. Any thread.
  *
- * Errors: MEFA_CODE_ADDRESS_NOT_REGISTERED if no range starts there; MEFA_CODE_BUSY while transfers of
- * ours use it (it stays registered).
+ * Errors: MEFA_CODE_ADDRESS_NOT_REGISTERED if no range starts there; MEFA_CODE_BUSY if transfers of ours
+ * still use it then (it stays registered; the text says how many, and which is the oldest); MEFA_CODE_MEMORY
+ * if the provider refuses (it is not registered any more).
  */
 int mefa_unregister(mefa_transport transport,
                     void *address);
 
 /**
- * Unregisters several ranges. It goes on after an error, and returns the first one. Any thread.
+ * Unregisters several ranges, and waits 5 seconds at most for all together. It goes on after an error, and
+ * returns the first one. Any thread.
  *
  * # Safety
  * `addresses` must point to `count` pointers.
  */
-int mefa_unregister_many(mefa_transport transport, void *const *addresses, size_t count);
+int mefa_unregister_many(mefa_transport transport,
+                         void *const *addresses,
+                         size_t count);
 
 /**
  * Gives our segment descriptor as Mooncake's JSON, for the host's metadata or for a peer. Any thread.
@@ -853,7 +859,7 @@ int mefa_cancel(mefa_transport transport, mefa_batch batch);
 
 /**
  * Whether the provider has given back all memory of a batch's requests: 1 or 0 in `*quiet`. It may be
- * 0 after MEFA_STATUS_TIMEOUT; do not reuse the memory then. Any thread.
+ * 0 after MEFA_STATUS_TIMEOUT; do not reuse the memory then (mefa_wait_quiet waits for it). Any thread.
  *
  * # Safety
  * `quiet` must be writable.
@@ -861,6 +867,18 @@ int mefa_cancel(mefa_transport transport, mefa_batch batch);
 int mefa_batch_quiet(mefa_transport transport,
                      mefa_batch batch,
                      int32_t *quiet);
+
+/**
+ * Waits until the provider has given back all memory of a batch's requests, making progress: what a caller
+ * does before he uses memory again of which a task ended with MEFA_STATUS_TIMEOUT. Every task has a final
+ * status then. Any thread.
+ *
+ * Errors: MEFA_CODE_TIMEOUT if `timeout_ns` nanoseconds pass first (nothing has changed; the text says how
+ * many requests it is about).
+ */
+int mefa_wait_quiet(mefa_transport transport,
+                    mefa_batch batch,
+                    uint64_t timeout_ns);
 
 /**
  * Count of NICs in use in `*count`. Any thread.

@@ -183,10 +183,15 @@ struct Batch : detail::Owned<mefa_batch, &mefa_batch_free, &detail::end_batch> {
     Result<> cancel() { return detail::done(mefa_cancel(transport(), raw())); }
     // Whether the memory may be used again, which after MEFA_STATUS_TIMEOUT need not be so.
     Result<bool> quiet() const { return detail::number<bool>(mefa_batch_quiet, transport(), raw()); }
+    // Waits until it may; MEFA_CODE_TIMEOUT if it may not by then.
+    Result<> wait_quiet(nanoseconds timeout) const {
+        const std::int64_t time = timeout.count() < 0 ? 0 : timeout.count();
+        return detail::done(mefa_wait_quiet(transport(), raw(), std::uint64_t(time)));
+    }
 };
 
-// Registered memory; unregistered by the destructor. If transfers use it at that moment it stays
-// registered until Transport's end, so let Batches end first, or call close() and look.
+// Registered memory; unregistered by the destructor, which waits up to 5 seconds for transfers that use it. If
+// that is not enough it stays registered until Transport's end: let Batches end first, or call close() and look.
 class Registration : public detail::Owned<void *, &mefa_unregister> {
 public:
     struct Region { std::uint64_t address, length; std::vector<std::uint64_t> keys; }; // a key a NIC

@@ -367,16 +367,19 @@ pub unsafe extern "C" fn mefa_register_many(
 }
 
 /// Ends the registration of the range that starts at `address`. Once it returned 0, nothing here uses
-/// the memory any more. Any thread.
+/// the memory any more. While transfers of ours use it, it waits for them, 5 seconds at most, and makes
+/// progress; other memory may be registered meanwhile. Any thread.
 ///
-/// Errors: MEFA_CODE_ADDRESS_NOT_REGISTERED if no range starts there; MEFA_CODE_BUSY while transfers of
-/// ours use it (it stays registered).
+/// Errors: MEFA_CODE_ADDRESS_NOT_REGISTERED if no range starts there; MEFA_CODE_BUSY if transfers of ours
+/// still use it then (it stays registered; the text says how many, and which is the oldest); MEFA_CODE_MEMORY
+/// if the provider refuses (it is not registered any more).
 #[unsafe(no_mangle)]
 pub extern "C" fn mefa_unregister(transport: mefa_transport, address: *mut c_void) -> c_int {
     boundary(|| with(transport, |transport| transport.unregister(address as u64)))
 }
 
-/// Unregisters several ranges. It goes on after an error, and returns the first one. Any thread.
+/// Unregisters several ranges, and waits 5 seconds at most for all together. It goes on after an error, and
+/// returns the first one. Any thread.
 ///
 /// # Safety
 /// `addresses` must point to `count` pointers.
@@ -389,10 +392,8 @@ pub unsafe extern "C" fn mefa_unregister_many(
     boundary(|| {
         // SAFETY: the caller's promise.
         let addresses = unsafe { array(addresses, count, "addresses")? };
-        with(transport, |transport| {
-            let results = addresses.iter().map(|&address| transport.unregister(address as u64));
-            results.fold(Ok(()), Result::and)
-        })
+        let addresses: Vec<u64> = addresses.iter().map(|&address| address as u64).collect();
+        with(transport, |transport| transport.unregister_many(&addresses))
     })
 }
 
@@ -914,7 +915,7 @@ pub extern "C" fn mefa_cancel(transport: mefa_transport, batch: mefa_batch) -> c
 }
 
 /// Whether the provider has given back all memory of a batch's requests: 1 or 0 in `*quiet`. It may be
-/// 0 after MEFA_STATUS_TIMEOUT; do not reuse the memory then. Any thread.
+/// 0 after MEFA_STATUS_TIMEOUT; do not reuse the memory then (mefa_wait_quiet waits for it). Any thread.
 ///
 /// # Safety
 /// `quiet` must be writable.
@@ -930,6 +931,22 @@ pub unsafe extern "C" fn mefa_batch_quiet(
         // SAFETY: the caller's promise.
         unsafe { put(quiet, i32::from(state), "quiet") }
     })
+}
+
+/// Waits until the provider has given back all memory of a batch's requests, making progress: what a caller
+/// does before he uses memory again of which a task ended with MEFA_STATUS_TIMEOUT. Every task has a final
+/// status then. Any thread.
+///
+/// Errors: MEFA_CODE_TIMEOUT if `timeout_ns` nanoseconds pass first (nothing has changed; the text says how
+/// many requests it is about).
+#[unsafe(no_mangle)]
+pub extern "C" fn mefa_wait_quiet(
+    transport: mefa_transport,
+    batch: mefa_batch,
+    timeout_ns: u64,
+) -> c_int {
+    let timeout = Duration::from_nanos(timeout_ns);
+    boundary(|| with(transport, |transport| transport.wait_quiet(BatchId(batch), timeout)))
 }
 
 // ---- statistics -------------------------------------------------------------------------------

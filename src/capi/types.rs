@@ -68,7 +68,7 @@ pub enum mefa_status {
     Canceled = 3,
     /// All bytes are in place, and its memory is quiet.
     Completed = 4,
-    /// Its deadline passed. Its memory may still be in use: ask mefa_batch_quiet.
+    /// Its deadline passed. Its memory may still be in use: mefa_batch_quiet tells, mefa_wait_quiet waits.
     Timeout = 5,
     /// It failed; its memory is quiet. mefa_task_error tells why.
     Failed = 6,
@@ -217,10 +217,11 @@ pub type mefa_segment_fn =
     Option<unsafe extern "C" fn(context: *mut c_void, segment: *const mefa_segment_desc)>;
 
 /// Told of tasks that got their final status, before mefa_task_status and mefa_batch_status show it.
-/// Called on whatever thread made the progress (a poller of ours, or one inside mefa_submit, mefa_wait,
-/// mefa_task_status, mefa_batch_status, mefa_cancel, mefa_batch_quiet or mefa_uninstall), possibly on
-/// several at once. It may call mefa_submit; it must not block, uninstall, or throw. It is not called inside
-/// itself: tasks that end by its own calls get their status, and are told of, when it has returned.
+/// Called on whatever thread made the progress (one of ours, or one inside mefa_submit, mefa_progress,
+/// mefa_wait, mefa_wait_quiet, mefa_task_status, mefa_batch_status, mefa_cancel, mefa_batch_quiet,
+/// mefa_unregister or mefa_uninstall), possibly on several at once. It may call mefa_submit; it must not block,
+/// uninstall, or throw. It is not called inside itself: tasks that end by its own calls get their status, and
+/// are told of, when it has returned.
 pub type mefa_completion_fn = Option<
     unsafe extern "C" fn(context: *mut c_void, completions: *const mefa_completion, count: usize),
 >;

@@ -3,7 +3,7 @@
 //! A task is one request. Neighbouring requests may be merged into a *group*, which is moved as one
 //! range; a group's bookkeeping is in its first task. Two counts say when a batch is done with:
 //! `unfinished` tasks have no final status yet; `holds` counts groups whose memory the provider may
-//! still touch, plus one for the caller until he frees the batch.
+//! still touch, and apart from these who else keeps the batch: its owner until he frees it, and pins.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -131,6 +131,9 @@ fn late(now: u64, deadline: u64) -> bool {
 /// In a verdict: the group's status has been published.
 const PUBLISHED: u32 = 1 << 31;
 
+/// In a batch's holds: one that is no group.
+const PIN: u64 = 1 << 32;
+
 #[derive(Default)]
 pub(super) struct Batch {
     capacity: AtomicU32,
@@ -138,7 +141,8 @@ pub(super) struct Batch {
     unfinished: AtomicU32,
     /// Tasks that ended with something else than `Completed`.
     failed: AtomicU32,
-    holds: AtomicU32,
+    /// Groups in the lower half, others ([`PIN`]) in the upper one; 0: not in use.
+    holds: AtomicU64,
     /// The earliest deadline of its groups.
     earliest: AtomicU64,
     /// Why groups failed or timed out, by first task.
@@ -212,7 +216,7 @@ pub(super) struct Pin<'a> {
 
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
-        self.all.release(self.slot, self.batch, 1);
+        self.all.release(self.slot, self.batch, PIN);
     }
 }
 
@@ -244,7 +248,7 @@ impl Batches {
         batch.failed.store(0, Ordering::Relaxed);
         batch.earliest.store(u64::MAX, Ordering::Relaxed);
         // Last: a stale pin sees 0 and refuses until the rest is set.
-        batch.holds.store(1, Ordering::Release);
+        batch.holds.store(PIN, Ordering::Release);
         Ok(BatchId(self.seal.number(slot, generation)))
     }
 
@@ -287,7 +291,7 @@ impl Batches {
         let (slot, generation) = self.seal.place(id.0);
         let (class, index) = split(slot);
         if self.classes[class].retire(index, generation) {
-            self.release(slot, self.at(slot), 1); // the caller's hold
+            self.release(slot, self.at(slot), PIN); // the owner's
         }
     }
 
@@ -312,7 +316,7 @@ impl Batches {
     }
 
     /// Gives up `holds` holds.
-    fn release(&self, slot: u32, batch: &Batch, holds: u32) {
+    fn release(&self, slot: u32, batch: &Batch, holds: u64) {
         if batch.holds.fetch_sub(holds, Ordering::AcqRel) == holds {
             if batch.explained.load(Ordering::Relaxed) {
                 batch.failures.lock().clear();
@@ -399,7 +403,7 @@ impl Pin<'_> {
     /// once for all of them. Each group holds the batch until it is published as quiet.
     pub fn begin(&self, groups: u32, tasks: u32, deadline: u64) {
         self.batch.unfinished.fetch_add(tasks, Ordering::Relaxed);
-        self.batch.holds.fetch_add(groups, Ordering::Relaxed);
+        self.batch.holds.fetch_add(u64::from(groups), Ordering::Relaxed);
         self.batch.earliest.fetch_min(deadline, Ordering::Release);
     }
 
@@ -444,9 +448,8 @@ impl Pin<'_> {
     }
 
     /// Groups started and not given back by the provider, whether or not their status is final.
-    pub fn is_quiet(&self) -> bool {
-        // The caller's hold and this pin; other pins are short and only make this say "not yet".
-        self.batch.holds.load(Ordering::Acquire) <= 2
+    pub fn in_use(&self) -> u32 {
+        self.batch.holds.load(Ordering::Acquire) as u32
     }
 
     /// Status and bytes moved of a task.
@@ -543,7 +546,7 @@ impl Batch {
 
     /// One more hold, unless nobody has any.
     fn hold_if_used(&self) -> bool {
-        let more = |holds| (holds > 0).then_some(holds + 1);
+        let more = |holds| (holds > 0).then_some(holds + PIN);
         self.holds.fetch_update(Ordering::AcqRel, Ordering::Relaxed, more).is_ok()
     }
 

@@ -30,21 +30,37 @@ pub(super) struct Failure {
     pub cause: Cow<'static, str>,
 }
 
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+impl Failure {
+    fn operation(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let (operation, preposition) = if self.write { ("write", "to") } else { ("read", "from") };
         let peer = self.peer.as_deref().unwrap_or("a closed segment");
         write!(f, "{operation} of {} bytes {preposition} {peer}", self.length)?;
         match (&self.nic, &self.peer_nic) {
-            (Some(nic), Some(peer_nic)) => write!(f, " over {nic} and its {peer_nic}")?,
-            (Some(nic), None) => write!(f, " over {nic}")?,
-            (None, _) => {}
+            (Some(nic), Some(peer_nic)) => write!(f, " over {nic} and its {peer_nic}"),
+            (Some(nic), None) => write!(f, " over {nic}"),
+            (None, _) => Ok(()),
         }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.operation(f)?;
         write!(f, " failed after {:.3?}", Duration::from_nanos(self.age))?;
         if self.tries > 1 {
             write!(f, " and {} tries", self.tries)?;
         }
         write!(f, ": {}", self.cause)
+    }
+}
+
+/// One that has not failed yet, in words.
+pub(super) struct UnderWay(pub Failure);
+
+impl fmt::Display for UnderWay {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.0.operation(f)?;
+        write!(f, ", for {:.3?}", Duration::from_nanos(self.0.age))
     }
 }
 

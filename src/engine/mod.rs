@@ -37,7 +37,7 @@ use crate::sync::Local as _;
 use crate::sync::{ArcSwapOption, AtomicU64};
 use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
-use failure::FailureLog;
+use failure::{FailureLog, UnderWay};
 pub use nic::{Nic, Operation, PeerAddress, Post};
 use peers::{PeerIndex, Released};
 use plan::Plan;
@@ -510,12 +510,7 @@ impl<N: Nic> Engine<N> {
     /// (nothing has changed then).
     pub fn unregister(&self, address: u64) -> Result<()> {
         let mut buffers = self.buffers.lock();
-        let record = buffers.get(&address).ok_or_else(|| {
-            Error::new(
-                Code::AddressNotRegistered,
-                format!("no registered memory starts at {address:#x}"),
-            )
-        })?;
+        let record = buffers.get(&address).ok_or_else(|| not_registered(address))?;
         let users = &self.shared.users;
         for (closed, (number, ..)) in record.regions.iter().enumerate() {
             if let Err(count) = users.close(*number) {
@@ -531,17 +526,37 @@ impl<N: Nic> Engine<N> {
         let record = buffers.remove(&address).expect("found above");
         let starts: Vec<u64> = record.regions.iter().map(|(_, start, _)| *start).collect();
         self.locals.store(Arc::new(self.locals.load().without(&starts)));
-        let mut result = Ok(());
+        let (mut result, mut unresponsive) = (Ok(()), Vec::new());
         for (number, _, rails) in &record.regions {
-            for &rail in rails {
-                let rail = &self.rails[usize::from(rail)];
+            for &index in rails {
+                let rail = &self.rails[usize::from(index)];
+                if unresponsive.contains(&index) {
+                    continue; // once is long enough to wait for it
+                }
                 if let Err(error) = rail.with_nic(|nic| nic.unregister(number.index)) {
+                    if error.code == Code::Busy {
+                        unresponsive.push(index);
+                    }
+                    // Not as "busy", whatever the reason: something has changed.
+                    let error = Error { code: Code::Memory, ..error };
                     result = Err(error.context(format!("unregistering on {}", rail.name)));
                 }
             }
             users.give_back(*number);
         }
         result
+    }
+
+    /// The oldest operation in flight on the registered range that starts at `address`, in words; `None` if
+    /// there is none, or if whoever drives its rail does not let go of it.
+    pub fn oldest_use(&self, address: u64, now: u64) -> Option<String> {
+        let regions: Vec<u32> = {
+            let buffers = self.buffers.lock();
+            buffers.get(&address)?.regions.iter().map(|(number, ..)| number.index).collect()
+        };
+        let oldest = |rail: &Rail<N>| rail.oldest_use(&self.shared, &regions, now);
+        let oldest = self.rails.iter().filter_map(oldest).max_by_key(|operation| operation.age)?;
+        Some(UnderWay(oldest).to_string())
     }
 
     // ---- targets ------------------------------------------------------------------------------
@@ -897,7 +912,7 @@ impl<N: Nic> Engine<N> {
     /// Whether the provider has given back all memory of a batch's requests. Always so once no task
     /// is pending, but for those that timed out.
     pub fn is_quiet(&self, batch: BatchId) -> Result<bool> {
-        Ok(self.shared.batches.pin(batch)?.is_quiet())
+        Ok(self.shared.batches.pin(batch)?.in_use() == 0)
     }
 
     /// Cancels what a batch has under way. What is not posted ends at once; what is posted ends when
@@ -1083,6 +1098,11 @@ impl<N: Nic> Watch<'_, N> {
         self.pin.status()
     }
 
+    /// How many of its requests, neighbours that were merged counted once, the provider has not given back.
+    pub fn in_use(&self) -> u32 {
+        self.pin.in_use()
+    }
+
     /// As [`Engine::expire_all`], for this batch.
     pub fn expire(&self, now: u64) {
         if self.pin.may_be_late(now) {
@@ -1095,6 +1115,11 @@ impl<N: Nic> Watch<'_, N> {
 fn tasks(requests: usize) -> Result<u32> {
     u32::try_from(requests)
         .map_err(|_| Error::new(Code::TooManyRequests, "more requests than any batch holds"))
+}
+
+pub(crate) fn not_registered(address: u64) -> Error {
+    let text = format!("no registered memory starts at {address:#x}");
+    Error::new(Code::AddressNotRegistered, text)
 }
 
 fn unknown_target(id: TargetId) -> Error {

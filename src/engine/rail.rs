@@ -799,6 +799,16 @@ impl<N: Nic> Rail<N> {
         }
     }
 
+    /// The oldest operation in flight on one of these regions, if whoever drives lets go of the rail.
+    pub fn oldest_use(&self, shared: &Shared, regions: &[u32], now: u64) -> Option<Failure> {
+        let driver = self.driver.try_lock_for(SWEEP_WAIT)?;
+        let uses = |it: &&Flight| it.state != State::Free && regions.contains(&it.region);
+        let operations = driver.flights.iter().filter(uses).map(|it| {
+            shared.failure(it.group, it.length.into(), Some(&self.name), now, Cow::default())
+        });
+        operations.max_by_key(|operation| operation.age)
+    }
+
     pub fn counters(&self) -> RailCounters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &self.counters;

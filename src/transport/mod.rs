@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 
 use crate::config::{Config, NicSelection};
 use crate::engine::{
-    BatchId, Engine, Observer, Progress, Refusal, Registration, RemoteBuffer, RemoteNic,
+    self, BatchId, Engine, Observer, Progress, Refusal, Registration, RemoteBuffer, RemoteNic,
     RemoteSegment, Request, Settings, Status, TargetId,
 };
 use crate::error::{Code, Error, Result};
@@ -52,6 +52,9 @@ const EXPIRE_EVERY: u64 = 100_000_000;
 const KEEP_PEERS: usize = 8192;
 /// Longest wait for operations in flight when a transport is dropped.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Longest wait of [`Transport::unregister`] for transfers that use the memory: far more than a healthy network
+/// needs to give back what it has, and no longer than a caller who only wants to be rid of it will bear.
+const UNREGISTER: Duration = Duration::from_secs(5);
 
 /// What the host engine does for us. Called on the thread that submits or warms up, which may be any;
 /// may block, must not call back into the transport.
@@ -325,18 +328,22 @@ impl Transport {
     }
 
     /// Ends the registration of the range that starts at `address`. Afterwards nothing of ours
-    /// touches that memory.
+    /// touches that memory. While our transfers use it, waits for them, 5 seconds at most, and makes progress;
+    /// it stays registered meanwhile, also for new ones.
     ///
     /// # Errors
-    /// [`Code::AddressNotRegistered`]; [`Code::Busy`] while our transfers use it.
+    /// [`Code::AddressNotRegistered`]; [`Code::Busy`] if it is still in use then (nothing has changed);
+    /// [`Code::Memory`] if the provider refuses (it is not registered any more).
     pub fn unregister(&self, address: u64) -> Result<()> {
-        let mut buffers = self.shared.buffers.lock();
-        let result = self.shared.engine.unregister(address);
-        if !matches!(&result, Err(error) if matches!(error.code, Code::Busy | Code::AddressNotRegistered))
-        {
-            buffers.remove(address);
-        }
-        result
+        self.unregister_many(&[address])
+    }
+
+    /// As [`Self::unregister`] for several ranges, with one such wait for all together. It goes on after an
+    /// error; the first one.
+    pub fn unregister_many(&self, addresses: &[u64]) -> Result<()> {
+        let limit = self.shared.after(UNREGISTER);
+        let results = addresses.iter().map(|&address| self.shared.unregister(address, limit));
+        results.fold(Ok(()), Result::and)
     }
 
     /// Our segment, for peers: NICs with their endpoints' addresses, and all registered memory.
@@ -544,28 +551,14 @@ impl Transport {
     /// [`Code::Timeout`] if `timeout` passes first; the batch goes on.
     pub fn wait(&self, batch: BatchId, timeout: Duration) -> Result<Status> {
         let shared = &self.shared;
-        let limit = shared.now().saturating_add(nanoseconds(timeout));
-        let mut patience = Patience::default();
         let watched = shared.engine.watch(batch)?;
-        loop {
-            let status = watched.status();
-            if status.is_final() {
-                return Ok(status);
-            }
-            let now = shared.now();
-            if now >= limit {
-                return Err(Error::new(
-                    Code::Timeout,
-                    format!("the batch is still under way after {timeout:?}"),
-                ));
-            }
-            if shared.engine.progress(now).events > 0 {
-                patience = Patience::default();
-            } else {
-                watched.expire(now);
-                patience.pause();
-            }
-        }
+        let ended = shared.until(shared.after(timeout), |now| {
+            watched.expire(now);
+            Some(watched.status()).filter(|status| status.is_final())
+        });
+        ended.ok_or_else(|| {
+            Error::new(Code::Timeout, format!("the batch is still under way after {timeout:?}"))
+        })
     }
 
     /// Cancels what a batch has under way; its tasks end as [`Status::Canceled`] once their memory
@@ -580,6 +573,30 @@ impl Transport {
         let engine = &self.shared.engine;
         engine.progress(self.shared.now());
         engine.is_quiet(batch)
+    }
+
+    /// Waits until the provider has given back all memory of a batch's requests, making progress. Every
+    /// task has a final status then.
+    ///
+    /// # Errors
+    /// [`Code::Timeout`] if `timeout` passes first; nothing has changed then.
+    pub fn wait_quiet(&self, batch: BatchId, timeout: Duration) -> Result<()> {
+        let shared = &self.shared;
+        let watched = shared.engine.watch(batch)?;
+        let quiet = shared.until(shared.after(timeout), |now| {
+            watched.expire(now);
+            (watched.in_use() == 0).then_some(())
+        });
+        quiet.ok_or_else(|| {
+            Error::new(
+                Code::Timeout,
+                format!(
+                    "after {timeout:?} the provider still has memory of {} of the batch's requests \
+                     (neighbours that were merged count once)",
+                    watched.in_use()
+                ),
+            )
+        })
     }
 
     /// Counters of every NIC.
@@ -601,21 +618,15 @@ impl Drop for Transport {
     fn drop(&mut self) {
         let shared = &self.shared;
         shared.engine.cancel_all(shared.now());
-        let limit = Instant::now() + DRAIN;
-        let mut patience = Patience::default();
-        while !shared.engine.is_idle() && Instant::now() < limit {
-            match shared.engine.progress(shared.now()).events {
-                0 => patience.pause(),
-                _ => patience = Patience::default(),
-            }
-        }
-        if !shared.engine.is_idle() {
+        let idle = |_| shared.engine.is_idle().then_some(());
+        if shared.until(shared.after(DRAIN), idle).is_none() {
             log::warn!("operations in flight did not come back in {DRAIN:?}; closing anyway");
         }
+        let limit = Instant::now() + DRAIN;
         shared.stop.store(true, Ordering::Release);
         shared.sleepers.iter().for_each(Sleeper::wake);
         for poller in self.pollers.drain(..) {
-            while !poller.is_finished() && Instant::now() < limit + DRAIN {
+            while !poller.is_finished() && Instant::now() < limit {
                 std::thread::sleep(Duration::from_millis(1));
             }
             if poller.is_finished() {
@@ -650,8 +661,59 @@ impl Shared {
         Ok(())
     }
 
+    fn unregister(&self, address: u64, limit: u64) -> Result<()> {
+        let registered = |buffers: &Buffers| buffers.numbers.get(&address).copied();
+        let gone = || engine::not_registered(address);
+        let number = registered(&self.buffers.lock()).ok_or_else(gone)?;
+        let mut busy = None;
+        // No lock is held while it waits. So another thread may end this registration meanwhile, and the same
+        // memory may be registered anew.
+        let ended = self.until(limit, |_| {
+            let mut buffers = self.buffers.lock();
+            if registered(&buffers) != Some(number) {
+                return Some(Err(gone()));
+            }
+            let result = self.engine.unregister(address);
+            if matches!(&result, Err(error) if error.code == Code::Busy) {
+                busy = result.err();
+                return None;
+            }
+            buffers.remove(address);
+            Some(result)
+        });
+        ended.unwrap_or_else(|| {
+            let mut error = busy.expect("it is why there was no result");
+            if let Some(oldest) = self.engine.oldest_use(address, self.now()) {
+                error.text += &format!("; the oldest: {oldest}");
+            }
+            Err(error)
+        })
+    }
+
     fn now(&self) -> u64 {
         nanoseconds(self.clock.elapsed())
+    }
+
+    /// The time in `duration` from now.
+    fn after(&self, duration: Duration) -> u64 {
+        self.now().saturating_add(nanoseconds(duration))
+    }
+
+    /// Makes progress until `look`, which is told the time, finds what is waited for; `None` if it has not by
+    /// `limit`. It looks once at least.
+    fn until<T>(&self, limit: u64, mut look: impl FnMut(u64) -> Option<T>) -> Option<T> {
+        let mut patience = Patience::default();
+        loop {
+            let now = self.now();
+            let found = look(now);
+            if found.is_some() || now >= limit {
+                return found;
+            }
+            match self.engine.progress(now).events {
+                0 => patience.pause(),
+                _ => patience = Patience::default(),
+            }
+        }
     }
 
     /// Where memory is to be registered, among these rails; taken from the tables.

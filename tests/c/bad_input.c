@@ -136,6 +136,7 @@ static void unknown_transport(mefa_transport bad) {
     INVALID(mefa_wait(bad, batch, 0, &status));
     INVALID(mefa_cancel(bad, batch));
     INVALID(mefa_batch_quiet(bad, batch, &quiet));
+    INVALID(mefa_wait_quiet(bad, batch, 0));
     INVALID(mefa_nic_count(bad, &count));
     INVALID(mefa_stats(bad, 0, &stats));
     INVALID(mefa_stats_json(bad, never_text, NULL));
@@ -179,6 +180,7 @@ static void unknown_batch(mefa_batch bad) {
     INVALID(mefa_wait(transport, bad, UINT64_MAX, &status));
     INVALID(mefa_cancel(transport, bad));
     INVALID(mefa_batch_quiet(transport, bad, &quiet));
+    INVALID(mefa_wait_quiet(transport, bad, UINT64_MAX));
     CHECK(state.status == 77 && state.reserved == 77 && state.bytes == 77);
     CHECK(status == 77 && quiet == 77 && count == 77);
 }
@@ -604,6 +606,8 @@ static void asking(void) {
     /* An empty batch has nothing to wait for. */
     CHECK_OK(mefa_wait(transport, batch, 0, &status));
     CHECK_EQ(status, MEFA_STATUS_COMPLETED);
+    CHECK_OK(mefa_wait_quiet(transport, batch, 0));
+    CHECK_OK(mefa_wait_quiet(transport, batch, UINT64_MAX));
     CHECK_OK(mefa_cancel(transport, batch));
     CHECK_OK(mefa_batch_status(transport, batch, &status, NULL));
     CHECK_EQ(status, MEFA_STATUS_COMPLETED);

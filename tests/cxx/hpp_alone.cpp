@@ -32,6 +32,7 @@ Result<> everything(Config config, mefa_segment_desc *desc, void *memory) {
     (void)batch->task_error(0);
     (void)batch->status();
     (void)batch->quiet();
+    (void)batch->wait_quiet(std::chrono::seconds(1));
     (void)batch->cancel();
     (void)batch->close();
     (void)segment->update(*desc);

@@ -7,7 +7,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mooncake_efa::Code;
 use mooncake_efa::config::Config;
@@ -50,6 +50,7 @@ trait Door: Sync + Sized {
     fn wait(&self, batch: u64, timeout: Duration) -> Result<i32, i32>;
     fn cancel(&self, batch: u64) -> Result<(), i32>;
     fn is_quiet(&self, batch: u64) -> Result<bool, i32>;
+    fn wait_quiet(&self, batch: u64, timeout: Duration) -> Result<(), i32>;
     fn error(&self, batch: u64, task: usize) -> String;
 
     /// One batch of moves, waited for; its status.
@@ -135,6 +136,10 @@ impl Door for Rust {
 
     fn is_quiet(&self, batch: u64) -> Result<bool, i32> {
         self.0.is_quiet(BatchId(batch)).map_err(code)
+    }
+
+    fn wait_quiet(&self, batch: u64, timeout: Duration) -> Result<(), i32> {
+        self.0.wait_quiet(BatchId(batch), timeout).map_err(code)
     }
 
     fn error(&self, batch: u64, task: usize) -> String {
@@ -267,6 +272,10 @@ mod c {
             // SAFETY: a place for the result.
             check(unsafe { mefa_batch_quiet(self.0, batch, &raw mut quiet) })?;
             Ok(quiet == 1)
+        }
+
+        fn wait_quiet(&self, batch: u64, timeout: Duration) -> Result<(), i32> {
+            check(mefa_wait_quiet(self.0, batch, timeout.as_nanos() as u64))
         }
 
         fn error(&self, batch: u64, task: usize) -> String {
@@ -603,6 +612,7 @@ fn foreign_numbers<D: Door>(provider: &str) {
     assert_eq!(theirs.wait(batch, LIMIT), Err(INVALID));
     assert_eq!(theirs.task(batch, 0), Err(INVALID));
     assert_eq!(theirs.is_quiet(batch), Err(INVALID));
+    assert_eq!(theirs.wait_quiet(batch, LIMIT), Err(INVALID));
     assert_eq!(theirs.cancel(batch), Err(INVALID));
     assert_eq!(theirs.free(batch), Err(INVALID));
     target.check(0, MIB, 0);
@@ -640,6 +650,8 @@ fn stopped_target<D: Door>(provider: &str) {
     let why = door.error(late, 0);
     assert!(why.starts_with("write of ") && why.contains(" to here:1 over "), "{why}");
     assert!(why.contains("its deadline passed"), "{why}");
+    assert_eq!(door.is_quiet(late), Ok(false));
+    assert_eq!(door.wait_quiet(late, Duration::from_millis(50)), Err(-400));
     let cancelled = door.allocate(1).expect("batch");
     door.submit(cancelled, &[one], LIMIT).expect("started");
     door.cancel(cancelled).expect("a batch");
@@ -648,11 +660,8 @@ fn stopped_target<D: Door>(provider: &str) {
     door.wait(cancelled, LIMIT).expect("ends");
     let (status, _) = door.task(cancelled, 0).expect("a task");
     assert_eq!(status, CANCELED);
-    let limit = Instant::now() + LIMIT;
-    while !door.is_quiet(late).expect("a batch") {
-        assert!(Instant::now() < limit, "what was late comes back");
-        std::thread::yield_now();
-    }
+    door.wait_quiet(late, LIMIT).expect("what was late comes back");
+    assert_eq!(door.is_quiet(late), Ok(true));
     target.check(0, 64 * MIB, 13);
     for batch in [batch, late, cancelled] {
         door.free(batch).expect("freed");
