@@ -659,6 +659,8 @@ impl<N: Nic> Engine<N> {
         };
         let connected = self.rails[rail].connect(&self.shared, &address);
         let peer = connected.map_err(|error| {
+            // What a handshake told cannot be right: the next submission asks again.
+            target.forget(nic);
             let rail = &self.rails[rail].name;
             error.context(format!("connecting {rail} to {} of {}", remote.name, target.name))
         })?;

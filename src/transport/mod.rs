@@ -619,9 +619,7 @@ impl Drop for Transport {
         let shared = &self.shared;
         shared.engine.cancel_all(shared.now());
         let idle = |_| shared.engine.is_idle().then_some(());
-        if shared.until(shared.after(DRAIN), idle).is_none() {
-            log::warn!("operations in flight did not come back in {DRAIN:?}; closing anyway");
-        }
+        let idle = shared.until(shared.after(DRAIN), idle).is_some();
         let limit = Instant::now() + DRAIN;
         shared.stop.store(true, Ordering::Release);
         shared.sleepers.iter().for_each(Sleeper::wake);
@@ -637,6 +635,22 @@ impl Drop for Transport {
                     "provider {} does not return; a thread and its devices are left behind",
                     shared.provider
                 );
+            }
+        }
+        if !idle {
+            log::warn!(
+                "operations in flight did not come back in {DRAIN:?}; the devices are closed in the background"
+            );
+            // The provider may wait for them for ever (`efa` of libfabric 1.17 does, in fi_close).
+            let last = shared.clone();
+            let close = move || {
+                while Arc::strong_count(&last) > 1 {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                drop(last);
+            };
+            if let Err(why) = std::thread::Builder::new().name("mefa-close".into()).spawn(close) {
+                log::error!("starting a thread: {why}");
             }
         }
     }
