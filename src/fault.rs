@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -185,6 +186,22 @@ impl Fault {
             found.unwrap_or(&(0, Rail, "an error that is not in our table", ""));
         let remedy = if remedy.is_empty() { String::new() } else { format!("; {remedy}") };
         Self { class, text: format!("{cause}{remedy} [{words}]") }
+    }
+}
+
+impl Fault {
+    /// The fault of a peer that does not answer when it is greeted.
+    pub fn unanswered(waited: Duration) -> Self {
+        let text =
+            format!("the peer's NIC did not answer our greeting for {waited:?}; {LOOK_AT_PEER}");
+        Self { class: Peer, text }
+    }
+
+    /// The same, seen over a NIC of ours whose port is down: the peer only seems to be silent.
+    #[must_use]
+    pub fn over_down_port(self) -> Self {
+        let text = format!("the port of our own NIC is down: {}", self.text);
+        Self { class: Rail, text }
     }
 }
 

@@ -1,6 +1,8 @@
 //! What the engine asks of a network device. The real one is [`crate::nic`]; tests have a simulated
 //! one.
 
+use std::time::Duration;
+
 use crate::error::Result;
 use crate::fabric::Memory;
 pub use crate::fabric::{PeerAddress, Post};
@@ -63,6 +65,11 @@ pub trait Nic: Send {
     fn greet(&mut self, peer: PeerAddress, remote: u64, key: u64) -> Post {
         let _ = (peer, remote, key);
         Post::Done
+    }
+
+    /// Why a peer has not answered for so long.
+    fn unanswered(&mut self, waited: Duration) -> Fault {
+        Fault::unanswered(waited)
     }
 
     /// Posts an operation. After [`Post::Done`] it completes or fails, exactly once.

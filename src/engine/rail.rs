@@ -184,12 +184,8 @@ impl<N: Nic> Posting<'_, N> {
             Post::Again if peer.greeted == 0 => peer.greeted = self.now.max(1),
             Post::Again if self.now.saturating_sub(peer.greeted) < GREETING => {}
             Post::Again => {
-                let text = format!(
-                    "the peer's NIC did not answer our greeting for {:?}; is its process alive and \
-                     making progress, and do both security groups allow all traffic of the other?",
-                    Duration::from_nanos(GREETING)
-                );
-                self.refused(span, Fault { class: Class::Peer, text }, true);
+                let fault = self.nic.unanswered(Duration::from_nanos(GREETING));
+                self.refused(span, fault, true);
                 return Step::Gone;
             }
             Post::Failed(errno) => {

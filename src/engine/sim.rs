@@ -31,6 +31,8 @@ pub(super) struct World {
     pub no_memory_on: Option<usize>,
     /// Answer posts to this peer with "again".
     pub again_for: Option<u64>,
+    /// Peers that do not answer when they are greeted.
+    pub deaf: BTreeSet<u64>,
     /// Lengths posted, in order.
     pub posted: Vec<u64>,
     /// Peers by NIC.
@@ -123,6 +125,10 @@ impl Nic for SimNic {
         assert!(!world.flying.get(&self.index).is_some_and(|ops| ops.iter().any(used)));
         assert!(world.peers.remove(&(self.index, peer.0)), "disconnected once");
         Ok(())
+    }
+
+    fn greet(&mut self, peer: PeerAddress, _: u64, _: u64) -> Post {
+        if self.world.lock().deaf.contains(&peer.0) { Post::Again } else { Post::Done }
     }
 
     fn post(&mut self, operation: &Operation) -> Post {

@@ -1148,3 +1148,43 @@ fn what_is_tried_again_does_not_go_to_another_peer_in_its_targets_place() {
     assert!(bench.why(batch, 0).contains("a closed segment"));
     assert_eq!(bench.world.lock().posted.len(), 1, "not tried with the other");
 }
+
+#[test]
+fn nothing_is_posted_to_a_peer_that_has_not_answered() {
+    let mut bench = Bench::with_tries(2, 16, 1 << 20, false, 9);
+    bench.world.lock().deaf = [0, 1].into();
+    let batch = bench.engine.allocate_batch(4).expect("batch");
+    let requests: Vec<_> = (0..4).map(|i| bench.request(true, i * 8192, 4096, i)).collect();
+    bench.submit(batch, &requests).expect("started");
+    for _ in 0..100 {
+        bench.pass(40 * MS);
+    }
+    assert_eq!(bench.world.lock().posted, [0; 0], "the provider would keep it for ever");
+    assert_eq!(bench.status(batch), Status::Pending);
+    // After five seconds it is somebody's fault, and the peer is learnt anew.
+    while bench.engine.peer_states()[0].faults.peer == 0 {
+        bench.pass(40 * MS);
+    }
+    assert!((5000..5200).contains(&(bench.now / MS)), "{}", bench.now / MS);
+    assert_eq!(bench.status(batch), Status::Pending);
+    bench.world.lock().deaf.clear();
+    bench.settle();
+    assert_eq!(bench.status(batch), Status::Completed);
+    // Whoever never answers is given up.
+    bench.world.lock().deaf = [7].into();
+    let deaf = RemoteSegment {
+        name: "deaf:1".into(),
+        nics: vec![RemoteNic { name: "d".into(), address: Some(Box::new([7])) }],
+        ..remote_segment(1)
+    };
+    let target = bench.engine.add_target(deaf).expect("target");
+    let batch = bench.engine.allocate_batch(8).expect("batch");
+    let requests: Vec<_> =
+        (0..8).map(|i| Request { target, ..bench.request(true, i * 8192, 4096, 10 + i) }).collect();
+    bench.submit(batch, &requests).expect("started");
+    while !bench.status(batch).is_final() {
+        bench.pass(40 * MS);
+    }
+    assert!(bench.why(batch, 0).contains("did not answer our greeting for 5s; is its process"));
+    assert!(bench.engine.is_idle());
+}

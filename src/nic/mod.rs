@@ -307,6 +307,11 @@ impl Nic for FabricNic {
         if self.info.device_rma() { self.endpoint.greet(peer, remote, key) } else { Post::Done }
     }
 
+    fn unanswered(&mut self, waited: Duration) -> Fault {
+        let fault = Fault::unanswered(waited);
+        if self.port.is_down() { fault.over_down_port() } else { fault }
+    }
+
     fn post(&mut self, operation: &Operation) -> Post {
         let slot = operation.slot as usize;
         let (Some(&generation), Some(Some(region))) =
@@ -357,9 +362,7 @@ impl Nic for FabricNic {
                     let device = self.is_efa.then_some(error.provider_errno);
                     let mut fault = Fault::new(error.errno, device, error.text);
                     if self.is_efa && fault.class == Class::Peer && self.port.is_down() {
-                        // Seen from here the peer is silent, but it is not the peer.
-                        fault.class = Class::Rail;
-                        fault.text = format!("the port of our own NIC is down; {}", fault.text);
+                        fault = fault.over_down_port();
                     }
                     failed.push((slot_of(context), fault));
                 }
