@@ -177,6 +177,20 @@ impl Peers {
         }
     }
 
+    /// Takes what waits for peers that nobody has met and no target uses any more: their descriptors were
+    /// replaced, and an answer is no more to be expected.
+    pub fn take_orphans(&mut self, mut each: impl FnMut(Span)) {
+        let Self { entries, blocked, .. } = self;
+        blocked.retain(|&index| {
+            let peer = &mut entries[index as usize];
+            if peer.users > 0 || peer.met {
+                return true;
+            }
+            peer.waiting.drain(..).for_each(&mut each);
+            false
+        });
+    }
+
     /// All that waits, to keep or to give up.
     pub fn retain_waiting(&mut self, mut keep: impl FnMut(&Span) -> bool) {
         let Self { entries, blocked, .. } = self;

@@ -196,22 +196,8 @@ impl<N: Nic> Posting<'_, N> {
         Step::Again
     }
 
-    #[cold]
     fn refused(&mut self, span: &Span, fault: Fault, reconnect: bool) {
-        add(&self.rail.counters.faults[fault.class as usize], 1);
-        self.outcome.broken.push(Broken {
-            rail: self.rail.index,
-            group: span.group,
-            local: span.local,
-            remote: span.remote,
-            length: span.length,
-            peer: span.peer,
-            region: span.region,
-            tries: span.tries.saturating_add(1),
-            write: span.write,
-            reconnect,
-            fault,
-        });
+        self.rail.refused(span, fault, reconnect, self.outcome);
     }
 }
 
@@ -756,6 +742,25 @@ impl<N: Nic> Rail<N> {
         peer.held_until = polls + HOLD_OFF;
     }
 
+    /// A span could not be posted.
+    #[cold]
+    fn refused(&self, span: &Span, fault: Fault, reconnect: bool, outcome: &mut Outcome) {
+        add(&self.counters.faults[fault.class as usize], 1);
+        outcome.broken.push(Broken {
+            rail: self.index,
+            group: span.group,
+            local: span.local,
+            remote: span.remote,
+            length: span.length,
+            peer: span.peer,
+            region: span.region,
+            tries: span.tries.saturating_add(1),
+            write: span.write,
+            reconnect,
+            fault,
+        });
+    }
+
     /// Ends what is past its deadline. What is queued is given up; what is in flight stays the
     /// provider's until it comes back, but its group is told now.
     fn scan(&self, driver: &mut Driver<N>, shared: &Shared, now: u64, outcome: &mut Outcome) {
@@ -784,6 +789,10 @@ impl<N: Nic> Rail<N> {
         driver.peers.retain_waiting(&mut keep);
         driver.taken.retain(&mut keep);
         self.queue.lock().retain(&mut keep);
+        driver.peers.take_orphans(|span| {
+            let text = "the peer's descriptor was replaced before it had answered".to_owned();
+            self.refused(&span, Fault { class: Class::Peer, text }, false, outcome);
+        });
         self.tidy(driver, shared);
     }
 

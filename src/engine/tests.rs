@@ -1188,3 +1188,21 @@ fn nothing_is_posted_to_a_peer_that_has_not_answered() {
     assert!(bench.why(batch, 0).contains("did not answer our greeting for 5s; is its process"));
     assert!(bench.engine.is_idle());
 }
+
+#[test]
+fn what_waits_for_a_peer_that_was_replaced_goes_to_the_new_one() {
+    let mut bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
+    bench.world.lock().deaf = [0].into();
+    let batch = bench.engine.allocate_batch(2).expect("batch");
+    let requests: Vec<_> = (0..2).map(|i| bench.request(true, i * 8192, 4096, i)).collect();
+    bench.submit(batch, &requests).expect("started");
+    let mut restarted = remote_segment(1);
+    restarted.nics[0].address = Some(Box::new([77]));
+    bench.engine.update_target(bench.target, restarted).expect("updated");
+    for _ in 0..5 {
+        bench.pass(20 * MS);
+    }
+    assert_eq!(bench.world.lock().flying[&0].len(), 2, "long before anybody gives up");
+    bench.settle();
+    assert_eq!(bench.status(batch), Status::Completed);
+}
