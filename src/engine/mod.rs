@@ -7,6 +7,8 @@
 mod batch;
 mod failure;
 mod health;
+#[cfg(test)]
+mod histories;
 #[cfg(all(test, loom))]
 pub(crate) mod models;
 mod nic;
