@@ -7,7 +7,7 @@
 
 mod world;
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -30,34 +30,79 @@ const FOREVER: u64 = u64::MAX;
 #[derive(Clone, Copy, Debug)]
 enum Step {
     /// What is submitted follows from the seed.
-    Submit { seed: u64 },
+    Submit {
+        seed: u64,
+    },
     /// One operation in flight ends.
-    End { which: usize, end: End },
+    End {
+        which: usize,
+        end: End,
+    },
     /// All of them do.
-    EndAll { end: End },
+    EndAll {
+        end: End,
+    },
     Progress,
-    Poll { rail: usize },
+    Poll {
+        rail: usize,
+    },
     /// Time, nanoseconds.
     Pass(u64),
-    Cancel { batch: usize },
+    Cancel {
+        batch: usize,
+    },
     CancelAll,
     Expire,
-    Free { batch: usize },
-    IsQuiet { batch: usize },
-    Unregister { region: usize },
-    Register { region: usize, rails: u16, largest: u64 },
-    Kill { peer: usize },
+    Free {
+        batch: usize,
+    },
+    IsQuiet {
+        batch: usize,
+    },
+    Unregister {
+        region: usize,
+    },
+    Register {
+        region: usize,
+        rails: u16,
+        largest: u64,
+    },
+    Kill {
+        peer: usize,
+    },
     /// A peer is started again, `same`: with the endpoints that it had. `told`: so are we.
-    Restart { peer: usize, same: bool, registered: [u8; 2], told: bool },
+    Restart {
+        peer: usize,
+        same: bool,
+        registered: [u8; 2],
+        told: bool,
+    },
     /// We get a peer's descriptor.
-    Tell { target: usize },
-    Close { target: usize },
-    Open { peer: usize },
-    WarmUp { target: usize },
+    Tell {
+        target: usize,
+    },
+    Close {
+        target: usize,
+    },
+    Open {
+        peer: usize,
+    },
+    WarmUp {
+        target: usize,
+    },
     /// A peer shakes hands with us.
-    Admit { rail: usize, peer: usize },
-    Mood { rail: usize, mood: Mood },
-    AgainFor { rail: usize, process: Option<u32> },
+    Admit {
+        rail: usize,
+        peer: usize,
+    },
+    Mood {
+        rail: usize,
+        mood: Mood,
+    },
+    AgainFor {
+        rail: usize,
+        process: Option<u32>,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -153,10 +198,7 @@ impl Step {
                     _ => Mood::Down,
                 },
             },
-            _ => Self::AgainFor {
-                rail: any(rng),
-                process: rng.bool().then(|| rng.u32(..6)),
-            },
+            _ => Self::AgainFor { rail: any(rng), process: rng.bool().then(|| rng.u32(..6)) },
         }
     }
 }
@@ -546,7 +588,7 @@ impl<'a> History<'a> {
         for &cookie in &batch.cookies {
             let task = &world.tasks[cookie as usize];
             must &= matches!(task.state, State::Ended(it) if it != Status::Timeout);
-            if quiet {
+            if quiet && task.state != State::Gone {
                 assert!(!world.is_flying(task), "task {cookie} is quiet, and in flight");
                 assert_ne!(task.state, State::UnderWay);
             }
@@ -559,9 +601,8 @@ impl<'a> History<'a> {
 
     fn free(&mut self, batch: usize) {
         self.check_batch(&self.batches[batch]);
-        let under_way = |cookie: &u64| {
-            self.world.lock().tasks[*cookie as usize].state == State::UnderWay
-        };
+        let under_way =
+            |cookie: &u64| self.world.lock().tasks[*cookie as usize].state == State::UnderWay;
         let id = self.batches[batch].id;
         let ended = !self.batches[batch].cookies.iter().any(under_way);
         assert_eq!(self.engine.free_batch(id).is_ok(), ended);
@@ -636,32 +677,41 @@ impl<'a> History<'a> {
             self.open(peer);
         }
         for target in 0..self.targets.len() {
-            let Target { id, peer, open } = self.targets[target];
-            if !open {
-                continue;
+            if self.targets[target].open {
+                self.tell(target);
+                // A connection that broke unnoticed is noticed by its first use.
+                let tries = if self.case.connects { 5 } else { 1 };
+                let whys: Vec<_> = (0..tries).map_while(|_| self.use_all(target)).collect();
+                assert!(whys.len() < tries, "everything is well, but: {whys:?}");
             }
-            self.tell(target);
-            let mut requests = Vec::new();
-            for at in (0..self.case.regions * LOCAL_REGION).step_by(32) {
-                let remote = at % (2 * REMOTE_REGION);
-                let cookie = self.world.lock().claim(peer, at % 64 == 0, at..at + 32, remote);
-                requests.push(Request {
-                    write: at % 64 == 0,
-                    local: LOCAL + at as u64 * self.case.cell,
-                    target: id,
-                    remote: REMOTE + remote as u64 * self.case.cell,
-                    length: 32 * self.case.cell,
-                    cookie: cookie.expect("nothing is under way"),
-                });
-            }
-            let batch = self.allocate(requests.len() as u32);
-            assert!(self.try_submit(Some(batch), &requests, FOREVER, true), "it is accepted");
-            self.batches[batch].cookies = requests.iter().map(|request| request.cookie).collect();
-            self.settle();
-            let status = self.engine.batch_status(self.batches[batch].id).expect("a batch").0;
-            assert_eq!(status, Status::Completed, "everything is well");
-            self.check_ended();
         }
+    }
+
+    /// Submits so much to a target that all NICs and credits are used. Why one of the requests failed.
+    fn use_all(&mut self, target: usize) -> Option<String> {
+        let Target { id, peer, .. } = self.targets[target];
+        let mut requests = Vec::new();
+        for at in (0..self.case.regions * LOCAL_REGION).step_by(32) {
+            let remote = at % (2 * REMOTE_REGION);
+            let cookie = self.world.lock().claim(peer, at % 64 == 0, at..at + 32, remote);
+            requests.push(Request {
+                write: at % 64 == 0,
+                local: LOCAL + at as u64 * self.case.cell,
+                target: id,
+                remote: REMOTE + remote as u64 * self.case.cell,
+                length: 32 * self.case.cell,
+                cookie: cookie.expect("nothing is under way"),
+            });
+        }
+        let batch = self.allocate(requests.len() as u32);
+        assert!(self.try_submit(Some(batch), &requests, FOREVER, true), "it is accepted");
+        self.batches[batch].cookies = requests.iter().map(|request| request.cookie).collect();
+        self.settle();
+        let id = self.batches[batch].id;
+        let why = |task| self.engine.task_error(id, task as u32).expect("a task");
+        let failed = (0..requests.len()).find_map(why);
+        self.check_ended();
+        failed
     }
 
     fn close(&mut self) {
@@ -698,19 +748,16 @@ impl<'a> History<'a> {
 // ---- many of them -------------------------------------------------------------------------------
 
 thread_local! {
-    /// This thread's panics are looked for: they are not to be printed.
-    static QUIET: Cell<bool> = const { Cell::new(false) };
+    /// While this thread's panics are not to be printed, the last one.
+    static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
 /// What went wrong in a history, if something did.
 fn attempt(case: &Case) -> Result<(), String> {
-    QUIET.set(true);
+    PANIC.set(Some(String::new()));
     let result = catch_unwind(AssertUnwindSafe(|| History::run(case)));
-    QUIET.set(false);
-    result.map_err(|panic| match panic.downcast::<String>() {
-        Ok(text) => *text,
-        Err(panic) => panic.downcast_ref::<&str>().map_or("?", |text| text).to_owned(),
-    })
+    let panic = PANIC.take().unwrap_or_default();
+    result.map_err(|_| panic)
 }
 
 /// Leaves out steps, as long as it fails without them.
@@ -740,9 +787,10 @@ fn setting(name: &str) -> Option<u64> {
 fn random_histories() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        if !QUIET.get() {
-            print(info);
-        }
+        PANIC.with_borrow_mut(|panic| match panic {
+            Some(panic) => *panic = info.to_string(),
+            None => print(info),
+        });
     }));
     let first = setting("MEFA_SEED").unwrap_or(0);
     let count = setting("MEFA_HISTORIES").unwrap_or(20_000);
@@ -769,6 +817,9 @@ fn random_histories() {
     if let Some(case) = failed.into_inner() {
         let case = shrink(case);
         let why = attempt(&case).expect_err("it did before");
-        panic!("MEFA_SEED={} fails: {why}\n{case:#?}", case.seed);
+        let Case { seed, steps, .. } = &case;
+        let steps: String = steps.iter().map(|step| format!("\n    {step:?}")).collect();
+        let settings = Case { steps: Vec::new(), ..case.clone() };
+        panic!("MEFA_SEED={seed} fails: {why}\n{settings:?}{steps}");
     }
 }

@@ -269,8 +269,7 @@ impl World {
         let mut covered = 0;
         for &owner in &self.owners {
             let task = &self.tasks[owner];
-            let (start, end) =
-                (cells.start.max(task.local.start), cells.end.min(task.local.end));
+            let (start, end) = (cells.start.max(task.local.start), cells.end.min(task.local.end));
             if start >= end {
                 continue;
             }
@@ -331,7 +330,11 @@ impl World {
                     let there = remote..remote + cells.len();
                     let memory = &mut self.processes[process].memory[there];
                     let local = &mut self.local[cells];
-                    if op.write { memory.copy_from_slice(local) } else { local.copy_from_slice(memory) }
+                    if op.write {
+                        memory.copy_from_slice(local)
+                    } else {
+                        local.copy_from_slice(memory)
+                    }
                 }
                 errno
             }
