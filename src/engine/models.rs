@@ -117,7 +117,7 @@ fn a_slot_is_retired_once() {
 
 // ---- batches ------------------------------------------------------------------------------------
 
-const AIM: Aim = Aim { target: 0, generation: 1, write: true };
+const AIM: Aim = Aim { target: 0, generation: 1, life: 0, write: true };
 const LATE: u64 = 1_000_000_000;
 
 fn failure() -> Failure {

@@ -111,10 +111,11 @@ impl<N: Nic> Engine<N> {
             }
         }
         let group = self.shared.batches.group(part.group);
+        let life = group.aim().life;
         let again = class.may_pass()
             && part.tries < self.settings.tries
             && !group.is_condemned()
-            && target.is_some();
+            && target.as_ref().is_some_and(|target| target.life == life);
         if again {
             let delay = DELAY << u32::from(part.tries.max(1) - 1).min(DOUBLINGS);
             let due = now.saturating_add(jitter(delay, now ^ part.local));
@@ -177,7 +178,9 @@ impl<N: Nic> Engine<N> {
                 self.later.add(due, part);
                 continue;
             }
-            match target.as_deref().map_or(Way::None, |target| self.way(&part, target, now)) {
+            let life = group.aim().life;
+            let way = |target| self.way(&part, target, now);
+            match target.as_deref().filter(|target| target.life == life).map_or(Way::None, way) {
                 Way::Now(rail, span) => {
                     if let Some(target) = &target {
                         target.faults.retried.fetch_add(1, Ordering::Relaxed);
