@@ -32,9 +32,9 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace
 	$(ENV) $(CARGO) test $(CARGO_FLAGS) --release --workspace
 	bench/test
-	@# The emulator's ring, in every order that its senders can come in.
+	@# The engine's concurrent parts and the emulator's ring, in every order that threads can come in.
 	$(ENV) RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=$(TARGET_DIR)/loom \
-		$(CARGO) test $(CARGO_FLAGS) --release -p softefa --lib
+		$(CARGO) test $(CARGO_FLAGS) --release -p mooncake-efa -p softefa --lib -- models loom_tests
 	@# The same between processes on an emulated EFA device, with libfabric's real efa provider.
 	$(ENV) $(SOFTEFA) run --dir $(EFA_DIR) -- $(CARGO) test $(CARGO_FLAGS) --release --workspace --test doors efa
 	$(ENV) MEFA_TEST_PROVIDERS=efa $(SOFTEFA) run --dir $(EFA_DIR) -- \

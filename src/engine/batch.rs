@@ -93,6 +93,8 @@ pub(super) struct Aim {
     pub target: u32,
     /// The slot's generation: it may be another target's before the group ends.
     pub generation: u32,
+    /// See [`super::target::Target::life`].
+    pub life: u32,
     pub write: bool,
 }
 
@@ -108,6 +110,7 @@ pub(super) struct Task {
     /// The group's [`Aim`]: `target << 1 | write`.
     aim: AtomicU32,
     generation: AtomicU32,
+    life: AtomicU32,
     /// When the group was submitted, microseconds: the low bits, which go round in 71 minutes.
     started: AtomicU32,
     /// When the group must have ended, nanoseconds.
@@ -430,6 +433,7 @@ impl Pin<'_> {
         leader.verdict.store(0, Ordering::Relaxed);
         leader.aim.store(aim.target << 1 | u32::from(aim.write), Ordering::Relaxed);
         leader.generation.store(aim.generation, Ordering::Relaxed);
+        leader.life.store(aim.life, Ordering::Relaxed);
         leader.started.store(microseconds(now), Ordering::Relaxed);
         leader.deadline.store(deadline, Ordering::Relaxed);
         // Last: a group that others can see is whole.
@@ -591,8 +595,12 @@ impl Task {
     /// What the group does.
     pub fn aim(&self) -> Aim {
         let aim = self.aim.load(Ordering::Relaxed);
-        let generation = self.generation.load(Ordering::Relaxed);
-        Aim { target: aim >> 1, generation, write: aim & 1 == 1 }
+        Aim {
+            target: aim >> 1,
+            generation: self.generation.load(Ordering::Relaxed),
+            life: self.life.load(Ordering::Relaxed),
+            write: aim & 1 == 1,
+        }
     }
 
     /// Nanoseconds since the group was submitted, in whole microseconds.

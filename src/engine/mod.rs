@@ -7,6 +7,8 @@
 mod batch;
 mod failure;
 mod health;
+#[cfg(test)]
+mod histories;
 #[cfg(all(test, loom))]
 pub(crate) mod models;
 mod nic;
@@ -25,7 +27,7 @@ mod tests;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -246,6 +248,8 @@ pub struct Engine<N> {
     moves: AtomicU64,
     observer: Option<Observer>,
     settings: Settings,
+    /// Lives of peers so far, for [`Target::life`].
+    lives: AtomicU32,
     /// Rails given out in turn so far, where that is wanted.
     rotation: AtomicUsize,
     virtual_addresses: bool,
@@ -320,6 +324,7 @@ impl<N: Nic> Engine<N> {
             failures: FailureLog::default(),
             observer,
             settings,
+            lives: AtomicU32::new(0),
             rotation: AtomicUsize::new(0),
             virtual_addresses,
         }
@@ -568,14 +573,19 @@ impl<N: Nic> Engine<N> {
             .targets
             .take(ArcSwapOption::empty)
             .ok_or_else(|| Error::new(Code::TooManyRequests, "too many segments are open"))?;
-        let target = Target::new(segment, self.rails.len(), self.shared.released.clone());
+        let target = self.new_target(segment);
         self.shared.targets.at(index).expect("just taken").store(Some(Arc::new(target)));
         Ok(TargetId(self.seal.number(index, generation)))
     }
 
+    fn new_target(&self, segment: RemoteSegment) -> Target {
+        let life = self.lives.fetch_add(1, Ordering::Relaxed);
+        Target::new(segment, life, self.rails.len(), self.shared.released.clone())
+    }
+
     /// Replaces what is known of a peer. Transfers under way are not touched.
     pub fn update_target(&self, id: TargetId, segment: RemoteSegment) -> Result<()> {
-        let newer = Target::new(segment, self.rails.len(), self.shared.released.clone());
+        let newer = self.new_target(segment);
         loop {
             let older = self.target(id)?;
             let inherits = Some(Arc::new(newer.anew().inherit(&older)));
@@ -864,8 +874,10 @@ impl<N: Nic> Engine<N> {
         let mut events = EVENTS.take();
         pin.begin(plan.groups.len() as u32, plan.tasks.len() as u32, deadline);
         for group in &plan.groups {
-            let (target, generation) = self.seal.place(plan.targets[group.target as usize].0.0);
-            let aim = Aim { target, generation, write: group.write };
+            let (id, target) = &plan.targets[group.target as usize];
+            let life = target.life;
+            let (target, generation) = self.seal.place(id.0);
+            let aim = Aim { target, generation, life, write: group.write };
             let tasks = &plan.tasks[group.first as usize..][..group.tasks as usize];
             let at = first + group.first;
             let started = pin.start_group(at, tasks, group.bytes, aim, now, deadline);

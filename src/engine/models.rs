@@ -117,7 +117,7 @@ fn a_slot_is_retired_once() {
 
 // ---- batches ------------------------------------------------------------------------------------
 
-const AIM: Aim = Aim { target: 0, generation: 1, write: true };
+const AIM: Aim = Aim { target: 0, generation: 1, life: 0, write: true };
 const LATE: u64 = 1_000_000_000;
 
 fn failure() -> Failure {
@@ -376,7 +376,7 @@ fn overdue_and_completed_at_once() {
         let (status, _) = pin.task(0).expect("a task");
         assert!(matches!(status, Status::Completed | Status::Timeout));
         assert_eq!(pin.failure(0).expect("a task").is_some(), status == Status::Timeout);
-        assert!(pin.is_quiet());
+        assert_eq!(pin.in_use(), 0);
         drop(pin);
         world.batches.free(batch).expect("ended");
         let again = world.batches.allocate(1).expect("room");
@@ -407,7 +407,7 @@ fn a_late_group_holds_its_batch_until_it_is_back() {
         });
         let pin = world.batches.pin(batch).expect("a batch");
         let status = pin.status();
-        if pin.is_quiet() {
+        if pin.in_use() == 0 {
             world.memory.write();
         }
         drop(pin);
@@ -421,7 +421,7 @@ fn a_late_group_holds_its_batch_until_it_is_back() {
             join(driver);
         } else {
             join(driver);
-            assert!(world.batches.pin(batch).expect("a batch").is_quiet());
+            assert!(world.batches.pin(batch).expect("a batch").in_use() == 0);
             world.batches.free(batch).expect("ended");
         }
         assert_eq!(world.told.load(Ordering::Relaxed), 1);

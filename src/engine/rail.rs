@@ -502,6 +502,12 @@ impl<N: Nic> Rail<N> {
         })
     }
 
+    /// Operations that could be posted now.
+    #[cfg(test)]
+    pub fn credits(&self) -> usize {
+        self.driver.lock().free.len()
+    }
+
     /// How many peers it knows.
     #[cfg(test)]
     pub fn peers(&self, shared: &Shared) -> usize {

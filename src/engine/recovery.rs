@@ -103,11 +103,19 @@ impl<N: Nic> Engine<N> {
         if matches!(class, Class::Peer | Class::Rail) {
             self.blame(&part, target.as_deref(), now);
         }
+        // Whatever broke it: who only asked for the wrong key has no connection now either.
+        if let (true, Some(target)) = (part.reconnect, &target) {
+            if let Some(nic) = target.nic_of(part.rail, part.peer) {
+                target.set_broken(part.rail, nic);
+                self.replace(self.shared.batches.group(part.group).aim().target, target);
+            }
+        }
         let group = self.shared.batches.group(part.group);
+        let life = group.aim().life;
         let again = class.may_pass()
             && part.tries < self.settings.tries
             && !group.is_condemned()
-            && target.is_some();
+            && target.as_ref().is_some_and(|target| target.life == life);
         if again {
             let delay = DELAY << u32::from(part.tries.max(1) - 1).min(DOUBLINGS);
             let due = now.saturating_add(jitter(delay, now ^ part.local));
@@ -136,10 +144,6 @@ impl<N: Nic> Engine<N> {
         let own = &target.nics[usize::from(nic)];
         if let (Class::Peer, Some(pause)) = (part.fault.class, own.health.fail(now)) {
             paused(format_args!("{} of {}", own.name, target.name), pause);
-        }
-        if part.reconnect {
-            target.set_broken(part.rail, nic);
-            self.replace(self.shared.batches.group(part.group).aim().target, target);
         }
     }
 
@@ -174,7 +178,9 @@ impl<N: Nic> Engine<N> {
                 self.later.add(due, part);
                 continue;
             }
-            match target.as_deref().map_or(Way::None, |target| self.way(&part, target, now)) {
+            let life = group.aim().life;
+            let way = |target| self.way(&part, target, now);
+            match target.as_deref().filter(|target| target.life == life).map_or(Way::None, way) {
                 Way::Now(rail, span) => {
                     if let Some(target) = &target {
                         target.faults.retried.fetch_add(1, Ordering::Relaxed);

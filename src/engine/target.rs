@@ -57,6 +57,9 @@ pub(super) struct Target {
     pub server: String,
     pub nics: Box<[Nic]>,
     pub regions: RangeMap<RemoteRegion>,
+    /// Another one for a peer that was restarted: what went to one life's memory in part must not go to the next
+    /// one's for the rest.
+    pub life: u32,
     rails: usize,
     /// What each rail knows the peer's NICs as: `rail * nics + nic`.
     peers: Box<[AtomicU32]>,
@@ -101,7 +104,7 @@ impl PeerFaults {
 }
 
 impl Target {
-    pub fn new(segment: RemoteSegment, rails: usize, released: Arc<Released>) -> Self {
+    pub fn new(segment: RemoteSegment, life: u32, rails: usize, released: Arc<Released>) -> Self {
         let RemoteSegment { name, server, nics, buffers } = segment;
         let regions = buffers.into_iter().filter_map(|buffer| {
             let key = |nic: u16| {
@@ -134,6 +137,7 @@ impl Target {
             server,
             nics,
             regions,
+            life,
             rails,
             peers,
             released,
@@ -186,6 +190,7 @@ impl Target {
             server: self.server.clone(),
             nics: self.nics.iter().map(nic).collect(),
             regions: self.regions.clone(),
+            life: self.life,
             rails: self.rails,
             peers: self.peers.iter().map(|_| AtomicU32::new(UNKNOWN)).collect(),
             released: self.released.clone(),
@@ -238,7 +243,8 @@ impl Target {
     /// likely restarted, and its endpoints are others. Where it was and a region is by chance the same,
     /// the first failure sets it right: [`Self::forget`].
     ///
-    /// And what is known of the health of NICs that have the addresses that they had.
+    /// And what is known of the health of NICs that have the addresses that they had. If that is all of them, it is
+    /// the same life.
     pub fn inherit(mut self, older: &Self) -> Self {
         self.faults = older.faults.clone();
         self.inherit_nics(older);
@@ -250,6 +256,7 @@ impl Target {
         if older.regions.iter().next().is_some() && !older.regions.iter().any(same) {
             return;
         }
+        let mut same_life = true;
         for nic in &mut self.nics {
             let Some(old) = older.nics.iter().find(|old| old.name == nic.name) else { continue };
             if nic.by_handshake {
@@ -257,7 +264,12 @@ impl Target {
             }
             if *nic.address.load() == *old.address.load() {
                 nic.health = old.health.clone();
+            } else {
+                same_life = false;
             }
+        }
+        if same_life {
+            self.life = older.life;
         }
     }
 
