@@ -17,7 +17,7 @@ EFA_DIR := /dev/shm/mefa-test-$(shell pwd | cksum | cut -d' ' -f1)
 ENV := . scripts/env &&
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-mooncake bench lint header bindings install clean help bench-programs cmake
+.PHONY: build demo test test-mooncake fuzz sanitize bench lint header bindings install clean help bench-programs cmake
 
 build: ## the library and the command, in target/release
 	@scripts/setup build
@@ -48,6 +48,14 @@ test-mooncake: build ## the published Mooncake with our transport in it; PYTEST_
 	$(ENV) cmake -S . -B build -DMOONCAKE_EFA_BUILD_SWAP=ON -DMOONCAKE_EFA_BUILD_TESTS=OFF
 	$(ENV) cmake --build build --target mooncake_efa_swap
 	.tools/mooncake/bin/pytest tests/mooncake $(PYTEST_ARGS)
+
+fuzz: ## the fuzz targets, FUZZ_SECONDS (60) each; see docs/fuzzing.md
+	@scripts/setup fuzz
+	$(ENV) scripts/fuzz
+
+sanitize: ## the tests under AddressSanitizer and ThreadSanitizer; see docs/fuzzing.md
+	@scripts/setup build test
+	$(ENV) scripts/sanitize
 
 bench: build bench-programs ## raw loop, ours, and Mooncake's C++ transport; BENCH_ARGS='--quick', see bench/run --help
 	bench/run --out bench/out/bench.json $(BENCH_ARGS)

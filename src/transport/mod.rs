@@ -28,7 +28,7 @@ use crate::nic::{self, Device, FabricNic, Limits};
 use crate::segment::{self, Buffer as BufferDescriptor, Handshake, Segment};
 use crate::stats::{RailStats, Stats};
 use crate::sync::{AtomicBool, Ordering};
-use crate::topology::{MAX_NAME, Topology, printable};
+use crate::topology::{Topology, line, printable};
 
 pub use crate::engine::Registered;
 use choice::{choose, no_devices, open_all, read_topology};
@@ -183,12 +183,9 @@ impl Transport {
     /// Never falls back to another provider.
     pub fn install(options: Options) -> Result<Self> {
         let Options { server_name, topology, devices, config, host, observer } = options;
-        if server_name.is_empty() || server_name.len() > MAX_NAME {
-            return Err(Error::invalid(format!(
-                "a server name of {} bytes: 1 to {} are possible",
-                server_name.len(),
-                MAX_NAME
-            )));
+        peers_read("server name", &server_name)?;
+        if server_name.is_empty() {
+            return Err(Error::invalid("the server name is empty"));
         }
         let (lib, found) = find(&config)?;
         let provider = found[0].info().provider();
@@ -276,13 +273,7 @@ impl Transport {
         let mut made_of = Vec::with_capacity(wanted.len());
         let mut registrations = Vec::with_capacity(wanted.len());
         for (memory, location) in wanted {
-            if location.len() > MAX_NAME {
-                return Err(Error::invalid(format!(
-                    "a location of {} bytes: peers read at most {}",
-                    location.len(),
-                    MAX_NAME
-                )));
-            }
+            peers_read("location", location)?;
             let kind = hmem::kind_of(memory.address())?;
             let location = match (*location, kind) {
                 ("*" | "", MemoryKind::Cuda(device)) => format!("cuda:{device}"),
@@ -888,6 +879,11 @@ impl Shared {
         })?;
         self.engine.set_address(target, nic, &address)
     }
+}
+
+/// Refuses a name of ours, a `what`, that peers would refuse in our descriptor.
+fn peers_read(what: &str, name: &str) -> Result<()> {
+    line(what, name).map_err(|error| Error::invalid(format!("{}: peers refuse that", error.text)))
 }
 
 /// For someone who will ask again at once: if others do the work, they may need this core for it.

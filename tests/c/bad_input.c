@@ -205,6 +205,8 @@ static void installing(void) {
     INVALID(mefa_install(&config, &out));
     config.server_name = "\xff\xfe:1";
     INVALID(mefa_install(&config, &out));
+    config.server_name = "here:2\n";
+    INVALID(mefa_install(&config, &out));
     config.server_name = "";
     INVALID(mefa_install(&config, &out));
     if (out != 77) mefa_uninstall(out);
@@ -278,6 +280,7 @@ static void registering(void) {
     INVALID(mefa_register(transport, memory, UINT64_MAX, NULL, never_regions, NULL));
     INVALID(mefa_register(transport, memory, UINT64_MAX - (uint64_t)(uintptr_t)memory + 1, NULL, never_regions, NULL));
     INVALID(mefa_register(transport, memory, 4096, "\xff", never_regions, NULL));
+    INVALID(mefa_register(transport, memory, 4096, "cpu:0\r", never_regions, NULL));
     INVALID(mefa_register_many(transport, NULL, 1, never_regions, NULL));
     INVALID(mefa_register_many(transport, many, SIZE_MAX, never_regions, NULL));
 
