@@ -23,8 +23,10 @@ pub(super) struct Peer {
     pub flying: u32,
     /// Targets that use it.
     users: u32,
-    /// Its connection broke: it is to be forgotten as soon as it is quiet.
-    broken: bool,
+    /// Its connection broke: nothing is posted to it any more, and it is forgotten as soon as it is quiet.
+    pub broken: bool,
+    /// It is forgotten; its place is kept for those who do not know that yet.
+    gone: bool,
     /// Taken from the rail's queue, and kept until the peer may have more in flight.
     pub waiting: VecDeque<Span>,
     /// Poll up to which the provider is not asked to take more for it.
@@ -58,8 +60,8 @@ pub(super) struct Peers {
     unused: VecDeque<PeerIndex>,
     /// How many of them may stay.
     keep: usize,
-    /// How many of them are broken.
-    broken: usize,
+    /// Broken ones that are not gone yet, and gone ones whose places nobody knows any more.
+    breaking: Vec<PeerIndex>,
     /// Peers with something waiting, in turn.
     pub blocked: VecDeque<PeerIndex>,
 }
@@ -72,7 +74,7 @@ impl Peers {
             by_address: HashMap::new(),
             unused: VecDeque::new(),
             keep,
-            broken: 0,
+            breaking: Vec::new(),
             blocked: VecDeque::new(),
         }
     }
@@ -105,7 +107,6 @@ impl Peers {
             let peer = self.at(index);
             peer.users += 1;
             if peer.users == 1 {
-                self.broken -= usize::from(self.at(index).broken);
                 self.unused.retain(|&unused| unused != index);
             }
             return Ok(index);
@@ -115,6 +116,7 @@ impl Peers {
             flying: 0,
             users: 1,
             broken: false,
+            gone: false,
             waiting: VecDeque::new(),
             held_until: 0,
             met: false,
@@ -134,46 +136,59 @@ impl Peers {
         Ok(index)
     }
 
-    /// One user less.
+    /// One user less; `broken`: who found its connection broken.
     pub fn release(&mut self, index: PeerIndex, broken: bool) {
         let peer = self.at(index);
         peer.users -= 1;
-        peer.broken |= broken;
-        if peer.users == 0 {
-            let broken = peer.broken;
+        let unused = peer.users == 0;
+        let breaks = broken && !peer.broken;
+        if breaks {
+            (peer.broken, peer.met) = (true, false);
+        }
+        let gone = peer.gone;
+        if unused && !gone {
             self.unused.push_back(index);
-            self.broken += usize::from(broken);
+        }
+        if breaks || unused && gone {
+            self.breaking.push(index);
         }
     }
 
-    /// Whether some are to be forgotten.
-    fn has_leavers(&self) -> bool {
-        self.broken > 0 || self.unused.len() > self.keep
-    }
-
-    /// Forgets peers without users: those that are broken, and the oldest if there are too many. Only what is
+    /// Forgets peers that are broken, and the oldest of those without users if there are too many. Only what is
     /// quiet: nothing in flight, waiting, or (`queued`) on its way to be posted.
     pub fn forget(&mut self, nic: &mut impl Nic, queued: impl Fn(PeerIndex) -> bool) {
-        let mut surplus = self.unused.len().saturating_sub(self.keep);
-        for _ in 0..self.unused.len() {
-            if !self.has_leavers() {
-                break;
-            }
-            let index = self.unused.pop_front().expect("counted");
+        for index in std::mem::take(&mut self.breaking) {
             let peer = self.at(index);
-            let (goes, broken) = (peer.broken || surplus > 0, peer.broken);
-            if !goes || !peer.is_quiet() || queued(index) {
+            let (gone, unused) = (peer.gone, peer.users == 0);
+            if !peer.is_quiet() || queued(index) {
+                self.breaking.push(index);
+            } else if !gone {
+                self.unused.retain(|&unused| unused != index);
+                self.leave(nic, index);
+            } else if unused {
+                self.free.push(index);
+            }
+        }
+        for _ in self.keep..self.unused.len() {
+            let index = self.unused.pop_front().expect("there are more than may stay");
+            if self.at(index).is_quiet() && !queued(index) {
+                self.leave(nic, index);
+            } else {
                 self.unused.push_back(index);
-                continue;
             }
-            surplus = surplus.saturating_sub(1);
-            let address = peer.address;
-            self.broken -= usize::from(broken);
-            self.by_address.remove(&address.0);
+        }
+    }
+
+    fn leave(&mut self, nic: &mut impl Nic, index: PeerIndex) {
+        let peer = self.at(index);
+        peer.gone = true;
+        let (address, users) = (peer.address, peer.users);
+        self.by_address.remove(&address.0);
+        if users == 0 {
             self.free.push(index);
-            if let Err(error) = nic.disconnect(address) {
-                log::warn!("forgetting a peer's address: {error}");
-            }
+        }
+        if let Err(error) = nic.disconnect(address) {
+            log::warn!("forgetting a peer's address: {error}");
         }
     }
 
@@ -183,7 +198,7 @@ impl Peers {
         let Self { entries, blocked, .. } = self;
         blocked.retain(|&index| {
             let peer = &mut entries[index as usize];
-            if peer.users > 0 || peer.met {
+            if peer.users > 0 || peer.met || peer.broken {
                 return true;
             }
             peer.waiting.drain(..).for_each(&mut each);

@@ -179,6 +179,13 @@ impl<N: Nic> Posting<'_, N> {
     /// See [`Nic::greet`].
     #[cold]
     fn greet(&mut self, peer: &mut Peer, span: &Span) -> Step {
+        if peer.broken {
+            // Not a try: it goes over a new connection when this one is gone.
+            let text = "the connection to the peer broke and is being made anew".to_owned();
+            let fault = Fault { class: Class::Pressure, text };
+            self.rail.refused(span, fault, true, span.tries, self.outcome);
+            return Step::Gone;
+        }
         match self.nic.greet(peer.address, span.remote - span.base, span.key) {
             Post::Done => return Step::Whole,
             Post::Again if peer.greeted == 0 => peer.greeted = self.now.max(1),
@@ -197,7 +204,7 @@ impl<N: Nic> Posting<'_, N> {
     }
 
     fn refused(&mut self, span: &Span, fault: Fault, reconnect: bool) {
-        self.rail.refused(span, fault, reconnect, self.outcome);
+        self.rail.refused(span, fault, reconnect, span.tries.saturating_add(1), self.outcome);
     }
 }
 
@@ -750,7 +757,14 @@ impl<N: Nic> Rail<N> {
 
     /// A span could not be posted.
     #[cold]
-    fn refused(&self, span: &Span, fault: Fault, reconnect: bool, outcome: &mut Outcome) {
+    fn refused(
+        &self,
+        span: &Span,
+        fault: Fault,
+        reconnect: bool,
+        tries: u8,
+        outcome: &mut Outcome,
+    ) {
         add(&self.counters.faults[fault.class as usize], 1);
         outcome.broken.push(Broken {
             rail: self.index,
@@ -760,7 +774,7 @@ impl<N: Nic> Rail<N> {
             length: span.length,
             peer: span.peer,
             region: span.region,
-            tries: span.tries.saturating_add(1),
+            tries,
             write: span.write,
             reconnect,
             fault,
@@ -797,7 +811,8 @@ impl<N: Nic> Rail<N> {
         self.queue.lock().retain(&mut keep);
         driver.peers.take_orphans(|span| {
             let text = "the peer's descriptor was replaced before it had answered".to_owned();
-            self.refused(&span, Fault { class: Class::Peer, text }, false, outcome);
+            let tries = span.tries.saturating_add(1);
+            self.refused(&span, Fault { class: Class::Peer, text }, false, tries, outcome);
         });
         self.tidy(driver, shared);
     }

@@ -23,8 +23,6 @@ use crate::sync::{AtomicU64, Mutex, Ordering};
 const DELAY: u64 = 1_000_000;
 /// log2 of how much longer than the first the longest delay is: 0.26 seconds.
 const DOUBLINGS: u32 = 8;
-/// How often the descriptor of a peer that does not answer is asked for, nanoseconds.
-const ASK_EVERY: u64 = 1_000_000_000;
 
 /// Parts of groups that are to be tried again, and when.
 pub(super) struct Later {
@@ -269,8 +267,8 @@ impl<N: Nic> Engine<N> {
             if forgot {
                 self.replace(self.shared.batches.group(part.group).aim().target, target);
             }
-            if part.fault.class == Class::Permanent {
-                target.set_stale();
+            if part.fault.class != Class::Ours {
+                target.set_stale(part.fault.class == Class::Permanent);
             }
         }
         let mut ends = Ends::new(&self.rails[part.rail], &self.shared, &mut outcome.ended);
@@ -311,7 +309,7 @@ impl<N: Nic> Engine<N> {
     /// descriptor first.
     pub(super) fn look_at_targets(&self, plan: &Plan, now: u64) -> Result<(), Refusal> {
         for (id, target) in &plan.targets {
-            if target.take_stale() {
+            if target.take_stale(now) {
                 return Err(Refusal::OutOfDate { target: *id, error: None });
             }
             if !self.shared.is_ailing(now) {
@@ -339,10 +337,9 @@ impl<N: Nic> Engine<N> {
                     target.faults.last.lock()
                 ),
             );
-            if now < target.faults.ask_from.load(Ordering::Relaxed) {
+            if !target.faults.may_ask(now) {
                 return Err(error.into());
             }
-            target.faults.ask_from.store(now.saturating_add(ASK_EVERY), Ordering::Relaxed);
             return Err(Refusal::OutOfDate { target: *id, error: Some(error) });
         }
         Ok(())

@@ -68,6 +68,8 @@ pub(super) struct Target {
     broken: Mutex<Vec<(usize, u16)>>,
     /// It said that something is not as its descriptor has it.
     stale: AtomicBool,
+    /// That may be so: something failed for good.
+    doubtful: AtomicBool,
     pub faults: Arc<PeerFaults>,
 }
 
@@ -80,6 +82,9 @@ pub(super) struct Nic {
     by_handshake: bool,
 }
 
+/// How often the descriptor of a peer that does not answer is asked for, nanoseconds.
+const ASK_EVERY: u64 = 1_000_000_000;
+
 const UNKNOWN: PeerIndex = PeerIndex::MAX;
 
 /// What failed with a peer, as long as its segment is open.
@@ -90,12 +95,21 @@ pub(super) struct PeerFaults {
     /// The cause of the last failure that was its own.
     pub last: Mutex<String>,
     /// When its descriptor may be asked for again because it does not answer.
-    pub ask_from: AtomicU64,
+    ask_from: AtomicU64,
 }
 
 impl PeerFaults {
     pub fn add(&self, class: Class) {
         self.faults[class as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether the peer's descriptor may be asked for again; it counts as asked for then.
+    pub fn may_ask(&self, now: u64) -> bool {
+        let may = now >= self.ask_from.load(Ordering::Relaxed);
+        if may {
+            self.ask_from.store(now.saturating_add(ASK_EVERY), Ordering::Relaxed);
+        }
+        may
     }
 
     pub fn get(&self) -> Faults {
@@ -143,6 +157,7 @@ impl Target {
             released,
             broken: Mutex::default(),
             stale: AtomicBool::new(false),
+            doubtful: AtomicBool::new(false),
             faults: Arc::default(),
         }
     }
@@ -196,6 +211,7 @@ impl Target {
             released: self.released.clone(),
             broken: Mutex::default(),
             stale: AtomicBool::new(self.stale.load(Ordering::Relaxed)),
+            doubtful: AtomicBool::new(self.doubtful.load(Ordering::Relaxed)),
             faults: self.faults.clone(),
         }
     }
@@ -228,14 +244,20 @@ impl Target {
         }
     }
 
-    /// The peer does not have what its descriptor says: it should be asked for a newer one.
-    pub fn set_stale(&self) {
-        self.stale.store(true, Ordering::Relaxed);
+    /// A request to the peer failed for good; `sure`: because the peer does not have what its descriptor says.
+    pub fn set_stale(&self, sure: bool) {
+        (if sure { &self.stale } else { &self.doubtful }).store(true, Ordering::Relaxed);
     }
 
-    /// Whether [`Self::set_stale`] was called, for one caller.
-    pub fn take_stale(&self) -> bool {
-        self.stale.load(Ordering::Relaxed) && self.stale.swap(false, Ordering::Relaxed)
+    /// Whether the peer should be asked for a newer descriptor, for one caller. On a mere doubt it is not asked
+    /// more often than [`PeerFaults::may_ask`] says: to ask one who is dead takes seconds.
+    pub fn take_stale(&self, now: u64) -> bool {
+        let take =
+            |flag: &AtomicBool| flag.load(Ordering::Relaxed) && flag.swap(false, Ordering::Relaxed);
+        take(&self.stale)
+            || self.doubtful.load(Ordering::Relaxed)
+                && self.faults.may_ask(now)
+                && take(&self.doubtful)
     }
 
     /// Takes over the handshakes done for an older descriptor of the same peer, where this one still

@@ -245,7 +245,6 @@ def test_registered_anew_without_cache(anew):
     anew(tries=1, MC_DISABLE_METACACHE="1")
 
 
-@pytest.mark.xfail(strict=True, reason="a transfer with an old key is the last that goes to that peer")
 def test_registered_anew(anew, fabric, swap):
     if swap is None:
         pytest.skip("the C++ transport keeps the old key for good")
