@@ -269,6 +269,10 @@ impl Target {
     /// the same life.
     pub fn inherit(mut self, older: &Self) -> Self {
         self.faults = older.faults.clone();
+        if !self.regions.iter().eq(older.regions.iter()) {
+            // It was worth asking.
+            self.faults.ask_from.store(0, Ordering::Relaxed);
+        }
         self.inherit_nics(older);
         self
     }
