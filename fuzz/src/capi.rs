@@ -246,6 +246,7 @@ enum Call {
     Wait { batch: Pick, timeout: u8, null: bool },
     Cancel(Pick),
     Quiet { batch: Pick, null: bool },
+    WaitQuiet { batch: Pick, timeout: u8 },
     NicCount { null: bool },
     Stats { nic: u64, size: Size, null: bool },
     StatsJson { function: bool },
@@ -850,6 +851,10 @@ impl Caller {
                 Call::Quiet { batch, null } => {
                     let to = if *null { null_mut() } else { &raw mut word };
                     check(mefa_batch_quiet(transport, batch.of(&self.batches), to));
+                }
+                Call::WaitQuiet { batch, timeout } => {
+                    let timeout = u64::from(*timeout) * 20_000;
+                    check(mefa_wait_quiet(transport, batch.of(&self.batches), timeout));
                 }
                 Call::NicCount { null } => {
                     let mut count = 0;
