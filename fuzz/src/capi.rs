@@ -916,7 +916,7 @@ impl Caller {
 fn threads() -> usize {
     let tasks = std::fs::read_dir("/proc/self/task").expect("procfs");
     let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm"));
-    tasks.flatten().map(name).flatten().filter(|name| name.starts_with("mefa-")).count()
+    tasks.flatten().flat_map(name).filter(|name| name.starts_with("mefa-")).count()
 }
 
 /// Open files of the process: what each is. No pipes: neither we nor libfabric use them, and the
