@@ -246,6 +246,7 @@ enum Call {
     Wait { batch: Pick, timeout: u8, null: bool },
     Cancel(Pick),
     Quiet { batch: Pick, null: bool },
+    WaitQuiet { batch: Pick, timeout: u8 },
     NicCount { null: bool },
     Stats { nic: u64, size: Size, null: bool },
     StatsJson { function: bool },
@@ -851,6 +852,10 @@ impl Caller {
                     let to = if *null { null_mut() } else { &raw mut word };
                     check(mefa_batch_quiet(transport, batch.of(&self.batches), to));
                 }
+                Call::WaitQuiet { batch, timeout } => {
+                    let timeout = u64::from(*timeout) * 20_000;
+                    check(mefa_wait_quiet(transport, batch.of(&self.batches), timeout));
+                }
                 Call::NicCount { null } => {
                     let mut count = 0;
                     let to = if *null { null_mut() } else { &raw mut count };
@@ -911,7 +916,7 @@ impl Caller {
 fn threads() -> usize {
     let tasks = std::fs::read_dir("/proc/self/task").expect("procfs");
     let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm"));
-    tasks.flatten().map(name).flatten().filter(|name| name.starts_with("mefa-")).count()
+    tasks.flatten().flat_map(name).filter(|name| name.starts_with("mefa-")).count()
 }
 
 /// Open files of the process: what each is. No pipes: neither we nor libfabric use them, and the

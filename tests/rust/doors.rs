@@ -189,8 +189,9 @@ mod c {
 
         fn register(&self, buffer: &Arc<Buffer>, offset: u64, length: u64) -> Result<(), i32> {
             let address = (buffer.address() + offset) as *mut c_void;
-            // The C door does not own memory: leak it rather than trust every test to keep it.
-            std::mem::forget(buffer.clone());
+            // The C door does not own memory: kept for good rather than trusting every test to.
+            static KEPT: Mutex<Vec<Arc<Buffer>>> = Mutex::new(Vec::new());
+            KEPT.lock().unwrap().push(buffer.clone());
             // SAFETY: the buffer is never unmapped.
             check(unsafe {
                 mefa_register(self.0, address, length, std::ptr::null(), None, std::ptr::null_mut())
