@@ -525,6 +525,34 @@ typedef struct mefa_nic_stats {
      * Bytes queued or in flight now.
      */
     uint64_t pending_bytes;
+    /**
+     * Operations that failed, of this NIC or another, and were tried again over this one.
+     */
+    uint64_t retried;
+    /**
+     * Operations that failed because of the request itself: a wrong key, range or length.
+     */
+    uint64_t faults_permanent;
+    /**
+     * Because of the peer or its NIC.
+     */
+    uint64_t faults_peer;
+    /**
+     * Because of this NIC, or the way from it to the peer.
+     */
+    uint64_t faults_rail;
+    /**
+     * For lack of room somewhere.
+     */
+    uint64_t faults_pressure;
+    /**
+     * Because this library used the provider wrongly.
+     */
+    uint64_t faults_ours;
+    /**
+     * 1 if it failed too often in a row and is left out, but for a try now and then; else 0.
+     */
+    uint64_t paused;
 } mefa_nic_stats;
 
 #ifdef __cplusplus
@@ -563,7 +591,7 @@ int mefa_log_to(mefa_log_fn function,
  * Opens the devices, starts the pollers, and gives the transport's number in `*out`. Environment
  * variables (MC_...) are read now. Takes some milliseconds a device. Any thread; several transports may
  * exist at once. The strings of `config` may go away afterwards; its callbacks and context must stay
- * until mefa_uninstall has returned.
+ * until mefa_uninstall has returned 0.
  *
  * Errors: MEFA_CODE_INVALID_ARGUMENT, MEFA_CODE_MALFORMED_JSON (topology), MEFA_CODE_DEVICE_NOT_FOUND
  * (no such device, or none at all: the text says what was looked for; there is never a silent fallback),
@@ -577,11 +605,14 @@ int mefa_install(const struct mefa_config *config,
 
 /**
  * Cancels what is under way, waits up to 5 seconds for the provider to give it back, and closes
- * everything. The number and all batches and segments of the transport are unknown afterwards, and if
- * it returned 0 no callback comes any more. Waits for calls of other threads to leave; do not call it from a callback.
+ * everything. The number and all batches and segments of the transport are unknown afterwards, and no callback
+ * begins any more, whatever it returned. Waits for calls of other threads to leave; do not call it from a
+ * callback.
  *
- * Errors: MEFA_CODE_INVALID_ARGUMENT for an unknown transport; MEFA_CODE_BUSY if other threads do not
- * leave within 10 seconds (it is closed when they do; callbacks may come until then).
+ * Errors: MEFA_CODE_INVALID_ARGUMENT for an unknown transport; MEFA_CODE_BUSY if other threads do not leave
+ * within 10 seconds, or the provider does not return to us within 10, or a callback that has begun within 5.
+ * What they are in is closed when they leave; until then they use registered memory, and the context of a
+ * callback that has begun, so neither may go away.
  */
 int mefa_uninstall(mefa_transport transport);
 
@@ -606,8 +637,8 @@ int mefa_register(mefa_transport transport,
  * MEFA_CODE_MEMORY (the provider refuses; the text says why), MEFA_CODE_TOO_MANY_REQUESTS.
  *
  * # Safety
- * The ranges must stay mapped, and free for peers to read and write, until mefa_unregister returned 0
- * or mefa_uninstall returned.
+ * The ranges must stay mapped, and free for peers to read and write, until mefa_unregister or mefa_uninstall
+ * returned 0.
  */
 int mefa_register_many(mefa_transport transport,
                        const struct mefa_memory *memories,

@@ -9,7 +9,7 @@ pub mod types;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use arc_swap::{ArcSwapOption, Guard};
 
@@ -19,7 +19,7 @@ use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
 use crate::segment::{Buffer, Device, Handshake, Segment};
 use crate::topology::Topology;
-use crate::transport::{Host, Options, Transport};
+use crate::transport::{Host, Options, Transport, in_time};
 use boundary::{
     Context, array, boundary, check_out, last_error, optional_string, put, sized, string,
 };
@@ -28,17 +28,26 @@ use types::*;
 
 /// Longest wait for other threads to leave a transport that is being uninstalled.
 const LEAVE: Duration = Duration::from_secs(10);
-/// How often that wait looks. Most calls leave sooner, so there is mostly no wait at all; a callback that
-/// takes long must not cost a core.
-const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// Longest wait for callbacks that have begun, after that.
+const RETURN: Duration = Duration::from_secs(5);
 
-static TRANSPORTS: OnceLock<Table<ArcSwapOption<Transport>>> = OnceLock::new();
+/// A transport, and the gate to its host.
+struct Installed {
+    transport: Transport,
+    gate: Arc<Gate>,
+}
 
-fn transports() -> &'static Table<ArcSwapOption<Transport>> {
+/// Something while the host may be called, to be held meanwhile; nothing once it was told that the transport is
+/// uninstalled, though threads may be left behind.
+type Gate = ArcSwapOption<()>;
+
+static TRANSPORTS: OnceLock<Table<ArcSwapOption<Installed>>> = OnceLock::new();
+
+fn transports() -> &'static Table<ArcSwapOption<Installed>> {
     TRANSPORTS.get_or_init(Table::default)
 }
 
-fn slot(transport: mefa_transport) -> Result<&'static ArcSwapOption<Transport>> {
+fn slot(transport: mefa_transport) -> Result<&'static ArcSwapOption<Installed>> {
     transports()
         .get(transport as u32, (transport >> 32) as u32)
         .ok_or_else(|| Error::invalid(format!("{transport:#x} is not an installed transport")))
@@ -46,10 +55,10 @@ fn slot(transport: mefa_transport) -> Result<&'static ArcSwapOption<Transport>> 
 
 /// Calls `f` with a transport.
 fn with<R>(transport: mefa_transport, f: impl FnOnce(&Transport) -> Result<R>) -> Result<R> {
-    let guard: Guard<Option<Arc<Transport>>> = slot(transport)?.load();
+    let guard: Guard<Option<Arc<Installed>>> = slot(transport)?.load();
     slot(transport)?; // it may have become another's since it was looked up
     match &*guard {
-        Some(transport) => f(transport),
+        Some(installed) => f(&installed.transport),
         None => Err(Error::invalid(format!("transport {transport:#x} is being uninstalled"))),
     }
 }
@@ -112,7 +121,7 @@ pub unsafe extern "C" fn mefa_log_to(function: mefa_log_fn, context: *mut c_void
 /// Opens the devices, starts the pollers, and gives the transport's number in `*out`. Environment
 /// variables (MC_...) are read now. Takes some milliseconds a device. Any thread; several transports may
 /// exist at once. The strings of `config` may go away afterwards; its callbacks and context must stay
-/// until mefa_uninstall has returned.
+/// until mefa_uninstall has returned 0.
 ///
 /// Errors: MEFA_CODE_INVALID_ARGUMENT, MEFA_CODE_MALFORMED_JSON (topology), MEFA_CODE_DEVICE_NOT_FOUND
 /// (no such device, or none at all: the text says what was looked for; there is never a silent fallback),
@@ -130,19 +139,20 @@ pub unsafe extern "C" fn mefa_install(
         // SAFETY: the caller's promise; zero is valid for every field (numbers, pointers, options of
         // functions).
         let config = unsafe { sized(config, size_of::<usize>() * 2, "config")? };
+        let gate = Arc::new(Gate::from_pointee(()));
         // SAFETY: as above.
-        let (options, level) = unsafe { options(&config)? };
+        let (options, level) = unsafe { options(&config, &gate)? };
         log::start(level);
-        let transport = Arc::new(Transport::install(options)?);
+        let installed = Arc::new(Installed { transport: Transport::install(options)?, gate });
         let full = || Error::new(Code::TooManyRequests, "too many transports");
         let (index, generation) = transports().take(ArcSwapOption::empty).ok_or_else(full)?;
-        transports().at(index).ok_or_else(full)?.store(Some(transport));
+        transports().at(index).ok_or_else(full)?.store(Some(installed));
         // SAFETY: the caller's promise.
         unsafe { put(out, u64::from(generation) << 32 | u64::from(index), "out") }
     })
 }
 
-unsafe fn options(c: &mefa_config) -> Result<(Options, ::log::LevelFilter)> {
+unsafe fn options(c: &mefa_config, gate: &Arc<Gate>) -> Result<(Options, ::log::LevelFilter)> {
     let mut config = Config::from_env();
     let context = Context(c.context);
     // SAFETY: the pointers of the caller's config are valid, as mefa_install asks.
@@ -160,9 +170,11 @@ unsafe fn options(c: &mefa_config) -> Result<(Options, ::log::LevelFilter)> {
             .collect::<Result<_>>()?;
         let host: Option<Box<dyn Host>> = match (c.fetch_segment, c.handshake) {
             (None, None) => None,
-            (fetch, handshake) => Some(Box::new(CHost { fetch, handshake, context })),
+            (fetch, handshake) => {
+                Some(Box::new(CHost { fetch, handshake, context, gate: gate.clone() }))
+            }
         };
-        let observer = c.on_completion.map(|function| observer(function, context));
+        let observer = c.on_completion.map(|function| observer(function, context, gate.clone()));
         let level = config.log_level;
         Ok((Options { server_name, topology, devices, config, host, observer }, level))
     }
@@ -174,9 +186,14 @@ const COMPLETIONS: usize = 64;
 fn observer(
     function: unsafe extern "C" fn(*mut c_void, *const mefa_completion, usize),
     context: Context,
+    gate: Arc<Gate>,
 ) -> crate::engine::Observer {
     Box::new(move |finished: &[Finished]| {
         let context = context;
+        let pass = gate.load();
+        if pass.is_none() {
+            return;
+        }
         for chunk in finished.chunks(COMPLETIONS) {
             let mut items =
                 [mefa_completion { cookie: 0, bytes: 0, status: 0, reserved: 0 }; COMPLETIONS];
@@ -197,6 +214,16 @@ struct CHost {
     fetch: mefa_fetch_segment_fn,
     handshake: mefa_handshake_fn,
     context: Context,
+    gate: Arc<Gate>,
+}
+
+impl CHost {
+    /// To be held while the host is called.
+    fn pass(&self) -> Result<Guard<Option<Arc<()>>>> {
+        let pass = self.gate.load();
+        let closed = || Error::invalid("the transport has been uninstalled");
+        if pass.is_some() { Ok(pass) } else { Err(closed()) }
+    }
 }
 
 /// Copies the text that a host's callback gives into an `Option<String>`.
@@ -225,6 +252,7 @@ impl Host for CHost {
         })?;
         let c_name = CString::new(name).map_err(|_| Error::invalid("a name with a NUL byte"))?;
         let mut text: Option<String> = None;
+        let _pass = self.pass()?;
         // SAFETY: the host's function with its context; `text` outlives the call.
         let ret = unsafe {
             fetch(self.context.0, c_name.as_ptr(), Some(keep_text), (&raw mut text).cast())
@@ -243,6 +271,7 @@ impl Host for CHost {
         let (c_server, c_request) =
             (CString::new(server).map_err(bad)?, CString::new(request).map_err(bad)?);
         let mut text: Option<String> = None;
+        let _pass = self.pass()?;
         // SAFETY: as in fetch_segment.
         let ret = unsafe {
             handshake(
@@ -258,11 +287,14 @@ impl Host for CHost {
 }
 
 /// Cancels what is under way, waits up to 5 seconds for the provider to give it back, and closes
-/// everything. The number and all batches and segments of the transport are unknown afterwards, and if
-/// it returned 0 no callback comes any more. Waits for calls of other threads to leave; do not call it from a callback.
+/// everything. The number and all batches and segments of the transport are unknown afterwards, and no callback
+/// begins any more, whatever it returned. Waits for calls of other threads to leave; do not call it from a
+/// callback.
 ///
-/// Errors: MEFA_CODE_INVALID_ARGUMENT for an unknown transport; MEFA_CODE_BUSY if other threads do not
-/// leave within 10 seconds (it is closed when they do; callbacks may come until then).
+/// Errors: MEFA_CODE_INVALID_ARGUMENT for an unknown transport; MEFA_CODE_BUSY if other threads do not leave
+/// within 10 seconds, or the provider does not return to us within 10, or a callback that has begun within 5.
+/// What they are in is closed when they leave; until then they use registered memory, and the context of a
+/// callback that has begun, so neither may go away.
 #[unsafe(no_mangle)]
 pub extern "C" fn mefa_uninstall(transport: mefa_transport) -> c_int {
     boundary(|| {
@@ -272,26 +304,22 @@ pub extern "C" fn mefa_uninstall(transport: mefa_transport) -> c_int {
         if !transports().retire(index, generation) {
             return Err(unknown());
         }
-        let mut last = slot.swap(None).ok_or_else(unknown)?;
+        let last = slot.swap(None).ok_or_else(unknown)?;
         transports().give_back(index);
-        let limit = Instant::now() + LEAVE;
-        loop {
-            match Arc::try_unwrap(last) {
-                Ok(transport) => {
-                    drop(transport);
-                    return Ok(());
-                }
-                Err(shared) if Instant::now() < limit => {
-                    last = shared;
-                    std::thread::sleep(LOOK_EVERY);
-                }
-                Err(_) => {
-                    return Err(Error::new(
-                        Code::Busy,
-                        "other threads are still inside the transport; it is closed when they leave",
-                    ));
-                }
-            }
+        let busy = |text| Error::new(Code::Busy, text);
+        last.transport.begin_close();
+        let gate = last.gate.clone();
+        let closed = if in_time(LEAVE, || Arc::strong_count(&last) == 1) {
+            Arc::into_inner(last).map_or(Ok(()), |installed| installed.transport.close())
+        } else {
+            Err(busy("other threads are still inside the transport; it is closed when they leave"))
+        };
+        let begun = gate.swap(None);
+        let returned = |begun| in_time(RETURN, || Arc::strong_count(&begun) == 1);
+        if begun.is_none_or(returned) {
+            closed
+        } else {
+            closed.and(Err(busy("a callback has begun and not returned")))
         }
     })
 }
@@ -323,8 +351,8 @@ pub unsafe extern "C" fn mefa_register(
 /// MEFA_CODE_MEMORY (the provider refuses; the text says why), MEFA_CODE_TOO_MANY_REQUESTS.
 ///
 /// # Safety
-/// The ranges must stay mapped, and free for peers to read and write, until mefa_unregister returned 0
-/// or mefa_uninstall returned.
+/// The ranges must stay mapped, and free for peers to read and write, until mefa_unregister or mefa_uninstall
+/// returned 0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mefa_register_many(
     transport: mefa_transport,

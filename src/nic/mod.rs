@@ -119,6 +119,8 @@ pub struct FabricNic {
     peers: HashMap<Box<[u8]>, PeerAddress>,
     completed: Box<[Completed; BATCH]>,
     polls: u32,
+    /// Reads of the completion queue that failed.
+    unreadable: u64,
     lib: &'static Libfabric,
 }
 
@@ -174,6 +176,7 @@ impl FabricNic {
                 peers: HashMap::new(),
                 completed: Box::new([Completed::default(); BATCH]),
                 polls: 0,
+                unreadable: 0,
                 lib,
             };
             // The first poll and the first peer fill the provider's pools, tens of megabytes: do it now,
@@ -368,7 +371,13 @@ impl Nic for FabricNic {
                 }
             }
             Err(Some(errno)) => {
-                log::error!("reading completions failed: {}", self.lib.strerror(errno));
+                // It may be so at every poll: said less and less often.
+                self.unreadable += 1;
+                if self.unreadable.is_power_of_two() {
+                    let (count, why) = (self.unreadable, self.lib.strerror(errno));
+                    let name = self.info.domain();
+                    log::error!("{name}: reading completions failed, {count} times so far: {why}");
+                }
             }
         }
         if let Some(events) = &self.events {

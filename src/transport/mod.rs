@@ -9,8 +9,8 @@ mod pages;
 mod poller;
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -45,13 +45,13 @@ const MAX_REGISTERING: usize = 16;
 const WORTH_ASKING: u64 = 64 << 20;
 /// Bytes of a page of CUDA device memory, as other devices see it.
 const DEVICE_PAGE: u64 = 64 << 10;
-/// How often [`Transport::progress`] looks for what is overdue, nanoseconds.
-const EXPIRE_EVERY: u64 = 100_000_000;
 /// Peers that stay known to a NIC without an open segment: those who transfer to us have none, and their
 /// devices want to be known here. More than hosts in most clusters; 365 bytes each, and the provider's own.
 const KEEP_PEERS: usize = 8192;
-/// Longest wait for operations in flight when a transport is dropped.
+/// Longest wait for operations in flight when a transport is closed.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Longest wait after that for the provider to return to our threads, and again for it to close its devices.
+const RETURN: Duration = Duration::from_secs(5);
 /// Longest wait of [`Transport::unregister`] for transfers that use the memory: far more than a healthy network
 /// needs to give back what it has, and no longer than a caller who only wants to be rid of it will bear.
 const UNREGISTER: Duration = Duration::from_secs(5);
@@ -84,11 +84,21 @@ pub struct Options {
     pub observer: Option<Observer>,
 }
 
-/// See the module's documentation. Dropping it cancels what is under way and waits for the provider
-/// to give it back, 5 seconds at most (10 if the provider does not even return).
+/// See the module's documentation. Dropping it is [`Self::close`].
 pub struct Transport {
-    shared: Arc<Shared>,
-    pollers: Vec<JoinHandle<()>>,
+    shared: Hold,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What all threads share, until the transport is closed.
+struct Hold(Option<Arc<Shared>>);
+
+impl Deref for Hold {
+    type Target = Arc<Shared>;
+
+    fn deref(&self) -> &Arc<Shared> {
+        self.0.as_ref().expect("nobody uses a transport that is closed")
+    }
 }
 
 struct Shared {
@@ -103,10 +113,13 @@ struct Shared {
     addresses: Vec<Box<[u8]>>,
     host: Option<Box<dyn Host>>,
     buffers: Mutex<Buffers>,
+    /// Nobody is to wait for transfers any more.
+    closing: AtomicBool,
+    /// Our threads are to end.
     stop: AtomicBool,
+    /// The pollers' beds, and the watchdog's.
     sleepers: Vec<Sleeper>,
-    /// When [`Transport::progress`] next looks for what a stuck driver left overdue, nanoseconds.
-    next_expiry: AtomicU64,
+    watchdog: Sleeper,
 }
 
 /// What is registered.
@@ -175,7 +188,7 @@ fn find(config: &Config) -> Result<(&'static Libfabric, Vec<Device>)> {
 }
 
 impl Transport {
-    /// Opens the devices and starts the pollers.
+    /// Opens the devices and starts the threads.
     ///
     /// # Errors
     /// [`Code::DeviceNotFound`] if the provider has no device, or not one that was asked for;
@@ -230,22 +243,76 @@ impl Transport {
             addresses,
             host,
             buffers: Mutex::new(Buffers { tables, ..Buffers::default() }),
+            closing: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             sleepers,
-            next_expiry: AtomicU64::new(0),
+            watchdog: Sleeper::new()?,
         });
-        let mut transport = Self { shared, pollers: Vec::new() };
+        let mut transport = Self { shared: Hold(Some(shared)), threads: Vec::new() };
         for index in 0..threads {
-            let shared = transport.shared.clone();
-            let poller = std::thread::Builder::new()
-                .name(format!("mefa-poll-{index}"))
-                .spawn(move || shared.poll(index))
-                .map_err(|why| Error::new(Code::Context, format!("starting a thread: {why}")))?;
-            transport.pollers.push(poller);
+            transport.spawn(format!("mefa-poll-{index}"), move |shared| shared.poll(index))?;
         }
+        transport.spawn("mefa-watch".into(), |shared| {
+            let rails: Vec<usize> = (0..shared.names.len()).collect();
+            let clock = || shared.now();
+            poller::watch(&shared.engine, &rails, &shared.watchdog, &shared.stop, clock);
+        })?;
         log::info!("Started {threads} CQ polling worker threads");
         log::info!("EFA transport installed successfully");
         Ok(transport)
+    }
+
+    fn spawn(&mut self, name: String, life: impl FnOnce(&Shared) + Send + 'static) -> Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new().name(name).spawn(move || life(&shared));
+        self.threads.push(
+            thread.map_err(|why| Error::new(Code::Context, format!("starting a thread: {why}")))?,
+        );
+        Ok(())
+    }
+
+    /// Begins to close it, for an owner who has to wait for others to be done with it: what is under way is
+    /// cancelled, and whoever waits in here for transfers returns.
+    pub fn begin_close(&self) {
+        self.shared.closing.store(true, Ordering::Relaxed);
+        self.shared.engine.cancel_all(self.shared.now());
+    }
+
+    /// Cancels what is under way, waits for the provider to give it back, 5 seconds at most, and closes
+    /// everything.
+    ///
+    /// # Errors
+    /// [`Code::Busy`] if the provider does not return from a call within 5 seconds more, or from closing its
+    /// devices in another 5: then what is registered, and the observer, stay in use until it does.
+    pub fn close(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<()> {
+        let Some(shared) = self.shared.0.take() else { return Ok(()) };
+        shared.engine.cancel_all(shared.now());
+        // The pollers make the progress: a thread that calls the provider may not come back.
+        if !in_time(DRAIN, || shared.engine.is_idle()) {
+            log::warn!("operations in flight did not come back in {DRAIN:?}; closing anyway");
+        }
+        shared.stop.store(true, Ordering::Release);
+        shared.sleepers.iter().chain([&shared.watchdog]).for_each(Sleeper::rouse);
+        let provider = shared.provider.clone();
+        let left = |what: &str| {
+            // It has the devices, so they stay open: better than a shutdown that never ends.
+            let text = format!(
+                "provider {provider} does not return; a thread that {what} and its devices are left behind"
+            );
+            log::error!("{text}");
+            Err(Error::new(Code::Busy, text))
+        };
+        if !join_in_time(&mut self.threads) {
+            return left("polls");
+        }
+        // Providers may wait for what is still in flight when they close a device.
+        let closing = std::thread::Builder::new().name("mefa-close".into());
+        let closing = closing.spawn(move || drop(shared));
+        if join_in_time(&mut closing.into_iter().collect()) { Ok(()) } else { left("closes") }
     }
 
     /// Names of the NICs in use: what the keys of a region are in the order of.
@@ -489,23 +556,16 @@ impl Transport {
             Ok(started) => started,
             Err(refusal) => shared.resolve(Some(refusal), submit)?,
         };
-        shared.sleepers.iter().for_each(Sleeper::wake);
+        shared.sleepers.iter().chain([&shared.watchdog]).for_each(Sleeper::wake);
         Ok(started)
     }
 
     /// Makes progress for someone who waits for what the observer is told.
     pub fn progress(&self) {
-        let shared = &self.shared;
-        let now = shared.now();
-        let progress = shared.engine.progress(now);
-        if progress.events > 0 {
-            return;
+        let progress = self.shared.engine.progress(self.shared.now());
+        if progress.events == 0 {
+            make_way(progress);
         }
-        if now >= shared.next_expiry.load(Ordering::Relaxed) {
-            shared.next_expiry.store(now + EXPIRE_EVERY, Ordering::Relaxed);
-            shared.engine.expire_all(now);
-        }
-        make_way(progress);
     }
 
     /// Status of a task and its bytes moved. Makes progress if it is not final.
@@ -539,7 +599,8 @@ impl Transport {
     /// Waits until every task of a batch has a final status, making progress; the batch's status.
     ///
     /// # Errors
-    /// [`Code::Timeout`] if `timeout` passes first; the batch goes on.
+    /// [`Code::Timeout`] if `timeout` passes first; the batch goes on. [`Code::InvalidArgument`] if the
+    /// transport is being closed.
     pub fn wait(&self, batch: BatchId, timeout: Duration) -> Result<Status> {
         let shared = &self.shared;
         let watched = shared.engine.watch(batch)?;
@@ -548,7 +609,7 @@ impl Transport {
             Some(watched.status()).filter(|status| status.is_final())
         });
         ended.ok_or_else(|| {
-            Error::new(Code::Timeout, format!("the batch is still under way after {timeout:?}"))
+            shared.gave_up(format!("the batch is still under way after {timeout:?}"))
         })
     }
 
@@ -570,7 +631,8 @@ impl Transport {
     /// task has a final status then.
     ///
     /// # Errors
-    /// [`Code::Timeout`] if `timeout` passes first; nothing has changed then.
+    /// [`Code::Timeout`] if `timeout` passes first; nothing has changed then. [`Code::InvalidArgument`] if the
+    /// transport is being closed.
     pub fn wait_quiet(&self, batch: BatchId, timeout: Duration) -> Result<()> {
         let shared = &self.shared;
         let watched = shared.engine.watch(batch)?;
@@ -579,14 +641,11 @@ impl Transport {
             (watched.in_use() == 0).then_some(())
         });
         quiet.ok_or_else(|| {
-            Error::new(
-                Code::Timeout,
-                format!(
-                    "after {timeout:?} the provider still has memory of {} of the batch's requests \
-                     (neighbours that were merged count once)",
-                    watched.in_use()
-                ),
-            )
+            shared.gave_up(format!(
+                "after {timeout:?} the provider still has memory of {} of the batch's requests \
+                 (neighbours that were merged count once)",
+                watched.in_use()
+            ))
         })
     }
 
@@ -607,43 +666,8 @@ impl Transport {
 
 impl Drop for Transport {
     fn drop(&mut self) {
-        let shared = &self.shared;
-        shared.engine.cancel_all(shared.now());
-        let idle = |_| shared.engine.is_idle().then_some(());
-        let idle = shared.until(shared.after(DRAIN), idle).is_some();
-        let limit = Instant::now() + DRAIN;
-        shared.stop.store(true, Ordering::Release);
-        shared.sleepers.iter().for_each(Sleeper::wake);
-        for poller in self.pollers.drain(..) {
-            while !poller.is_finished() && Instant::now() < limit {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            if poller.is_finished() {
-                let _ = poller.join();
-            } else {
-                // It has the NICs, so they stay open: better than a shutdown that never ends.
-                log::error!(
-                    "provider {} does not return; a thread and its devices are left behind",
-                    shared.provider
-                );
-            }
-        }
-        if !idle {
-            log::warn!(
-                "operations in flight did not come back in {DRAIN:?}; the devices are closed in the background"
-            );
-            // The provider may wait for them for ever (`efa` of libfabric 1.17 does, in fi_close).
-            let last = shared.clone();
-            let close = move || {
-                while Arc::strong_count(&last) > 1 {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                drop(last);
-            };
-            if let Err(why) = std::thread::Builder::new().name("mefa-close".into()).spawn(close) {
-                log::error!("starting a thread: {why}");
-            }
-        }
+        // It has been logged.
+        let _ = self.end();
     }
 }
 
@@ -695,6 +719,15 @@ impl Shared {
         })
     }
 
+    /// Why [`Self::until`] found nothing, for who waited until a time.
+    fn gave_up(&self, timeout: String) -> Error {
+        if self.closing.load(Ordering::Relaxed) {
+            Error::invalid("the transport is being closed")
+        } else {
+            Error::new(Code::Timeout, timeout)
+        }
+    }
+
     fn now(&self) -> u64 {
         nanoseconds(self.clock.elapsed())
     }
@@ -705,13 +738,13 @@ impl Shared {
     }
 
     /// Makes progress until `look`, which is told the time, finds what is waited for; `None` if it has not by
-    /// `limit`. It looks once at least.
+    /// `limit`, or if the transport is being closed. It looks once at least.
     fn until<T>(&self, limit: u64, mut look: impl FnMut(u64) -> Option<T>) -> Option<T> {
         let mut patience = Patience::default();
         loop {
             let now = self.now();
             let found = look(now);
-            if found.is_some() || now >= limit {
+            if found.is_some() || now >= limit || self.closing.load(Ordering::Relaxed) {
                 return found;
             }
             match self.engine.progress(now).events {
@@ -884,6 +917,28 @@ impl Shared {
 /// Refuses a name of ours, a `what`, that peers would refuse in our descriptor.
 fn peers_read(what: &str, name: &str) -> Result<()> {
     line(what, name).map_err(|error| Error::invalid(format!("{}: peers refuse that", error.text)))
+}
+
+/// Waits for threads to end; false if they take longer than [`RETURN`].
+fn join_in_time(threads: &mut Vec<JoinHandle<()>>) -> bool {
+    let ended = in_time(RETURN, || threads.iter().all(JoinHandle::is_finished));
+    if ended {
+        threads.drain(..).for_each(|thread| drop(thread.join()));
+    }
+    ended
+}
+
+/// Waits until `done`; false if that takes longer than `most`.
+pub(crate) fn in_time(most: Duration, done: impl Fn() -> bool) -> bool {
+    let limit = Instant::now() + most;
+    loop {
+        // Long waits are rare, and must not cost a core.
+        match done() {
+            true => return true,
+            false if Instant::now() >= limit => return false,
+            false => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
 }
 
 /// For someone who will ask again at once: if others do the work, they may need this core for it.

@@ -1,4 +1,5 @@
-//! Progress while nobody waits: threads that poll the NICs, and sleep when there is nothing to do.
+//! Progress while nobody waits: threads that poll the NICs, and sleep when there is nothing to do. And one that
+//! sees to deadlines when these are stuck.
 
 use std::time::Duration;
 
@@ -22,6 +23,10 @@ const SLEEP_PART: u64 = 4;
 const HEARTBEAT: Duration = Duration::from_millis(10);
 /// How long it sleeps at most when one will.
 const LONG_SLEEP: Duration = Duration::from_secs(1);
+/// How often the watchdog looks while something is under way.
+const WATCH: Duration = Duration::from_secs(1);
+/// Until it is woken.
+const FOR_GOOD: Duration = Duration::from_secs(u32::MAX as u64);
 /// How long it looks away while others make the progress.
 const LOOK_AWAY: Duration = Duration::from_micros(100);
 /// How long it looks between two sleeps, nanoseconds: a peer that got its answer may ask again at once.
@@ -54,6 +59,11 @@ impl Sleeper {
         if self.asleep.load(Ordering::Relaxed) {
             self.waiter.wake();
         }
+    }
+
+    /// Wakes it whatever it does; at the next sleep, if it does not sleep now.
+    pub fn rouse(&self) {
+        self.waiter.wake();
     }
 }
 
@@ -173,6 +183,26 @@ fn sleep(engine: &Engine<FabricNic>, rails: &[usize], waiter: &Waiter, longest: 
     if quiet {
         let longest = if fds.len() == rails.len() { LONG_SLEEP } else { longest };
         waiter.sleep(&fds, longest);
+    }
+}
+
+/// The watchdog's life, until `stop`. It ends what is overdue while every other thread may be inside the provider,
+/// and not come back. With nothing under way on `rails`, all of them, it sleeps until there is something.
+pub(super) fn watch(
+    engine: &Engine<FabricNic>,
+    rails: &[usize],
+    sleeper: &Sleeper,
+    stop: &AtomicBool,
+    clock: impl Fn() -> u64,
+) {
+    while !stop.load(Ordering::Acquire) {
+        let for_good = |waiter: &Waiter| waiter.sleep(&[], FOR_GOOD);
+        sleep_unless_needed(engine, rails, sleeper, stop, engine.moves(), for_good);
+        if !stop.load(Ordering::Acquire) {
+            // Submissions do not wake it from this: it is to look now and then, not to hurry.
+            sleeper.waiter.sleep(&[], WATCH);
+        }
+        engine.expire_all(clock());
     }
 }
 

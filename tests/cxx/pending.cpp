@@ -298,6 +298,22 @@ TEST_P(Pending, UninstallEndsIt) {
     EXPECT_EQ(told, told_then); // no callback comes any more
 }
 
+// Those who wait for what does not end are not waited for.
+TEST_P(Pending, UninstallEndsWaits) {
+    auto batch = must(transport->batch(1));
+    must(batch.submit(whole(), LONG));
+    std::atomic<int> waiting{0}, returned{0};
+    std::thread waiters[] = {
+        std::thread([&] { ++waiting, returned += batch.wait(LONG).code() == MEFA_CODE_INVALID_ARGUMENT; }),
+        std::thread([&] { ++waiting, returned += batch.wait_quiet(LONG).code() == MEFA_CODE_INVALID_ARGUMENT; }),
+    };
+    ASSERT_TRUE(eventually([&] { return waiting == 2; }));
+    must(transport->close());
+    for (std::thread &waiter : waiters) waiter.join();
+    EXPECT_EQ(returned, 2);
+    transport.emplace(install());
+}
+
 // What goes out of scope ends in any order, with work under way, and nothing crashes.
 TEST_P(Pending, DestructorsInAnyOrder) {
     {
