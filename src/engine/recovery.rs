@@ -103,13 +103,6 @@ impl<N: Nic> Engine<N> {
         if matches!(class, Class::Peer | Class::Rail) {
             self.blame(&part, target.as_deref(), now);
         }
-        // Whatever broke it: who only asked for the wrong key has no connection now either.
-        if let (true, Some(target)) = (part.reconnect, &target) {
-            if let Some(nic) = target.nic_of(part.rail, part.peer) {
-                target.set_broken(part.rail, nic);
-                self.replace(self.shared.batches.group(part.group).aim().target, target);
-            }
-        }
         let group = self.shared.batches.group(part.group);
         let life = group.aim().life;
         let again = class.may_pass()
