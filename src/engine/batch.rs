@@ -339,6 +339,13 @@ impl Batches {
         &self.at(group.slot).tasks()[group.first as usize]
     }
 
+    /// Bytes of a group, moved or not.
+    pub fn length(&self, group: GroupRef) -> u64 {
+        let tasks = &self.at(group.slot).tasks()[group.first as usize..];
+        let count = tasks[0].members.load(Ordering::Relaxed) as usize;
+        tasks[..count].iter().map(|task| task.length.load(Ordering::Relaxed)).sum()
+    }
+
     /// [`Self::group`] for many groups.
     pub fn groups(&self) -> Groups<'_> {
         Groups { all: self, slot: u32::MAX, tasks: &[] }
@@ -601,6 +608,11 @@ impl Task {
             life: self.life.load(Ordering::Relaxed),
             write: aim & 1 == 1,
         }
+    }
+
+    /// All of the group goes to this life of its target.
+    pub fn set_life(&self, life: u32) {
+        self.life.store(life, Ordering::Relaxed);
     }
 
     /// Nanoseconds since the group was submitted, in whole microseconds.

@@ -680,7 +680,7 @@ impl<N: Nic> Engine<N> {
     /// Makes the endpoint with this address known to a rail, for a peer that is about to transfer to us.
     pub fn admit(&self, rail: usize, address: &[u8]) -> Result<()> {
         let peer = self.rails[rail].connect(&self.shared, address)?;
-        self.shared.released.add(rail, peer, false);
+        self.shared.released.add(rail, peer);
         Ok(())
     }
 

@@ -602,11 +602,11 @@ fn a_pause_that_is_over_has_one_probe() {
 fn a_peer_that_is_released_is_taken_note_of_once() {
     check(None, || {
         let released = Arc::new(Released::new(1));
-        let others = [1, 2].map(|peer| spawn(&released, move |it| it.add(0, peer, false)));
+        let others = [1, 2].map(|peer| spawn(&released, move |it| it.add(0, peer)));
         let mut taken = Vec::new();
-        released.take(0, |peer, _| taken.push(peer));
+        released.take(0, |peer| taken.push(peer));
         others.into_iter().for_each(join);
-        released.take(0, |peer, _| taken.push(peer));
+        released.take(0, |peer| taken.push(peer));
         taken.sort_unstable();
         assert_eq!(taken, [1, 2]);
     });

@@ -53,8 +53,8 @@ pub trait Nic: Send {
     /// Forgets a peer; nothing is in flight to it. Its address may be connected again, as another peer.
     fn disconnect(&mut self, peer: PeerAddress) -> Result<()>;
 
-    /// Peers are connections, which break with the first failure and are made anew by another
-    /// [`Self::connect`]; else a failed operation says nothing about the next.
+    /// Peers are connections, which break with the first failure, whatever it was, and are made anew by
+    /// [`Self::disconnect`] and [`Self::connect`]; else a failed operation says nothing about the next.
     fn connects(&self) -> bool {
         false
     }

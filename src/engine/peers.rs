@@ -19,14 +19,14 @@ const THRESHOLD: usize = 3;
 #[derive(Debug)]
 pub(super) struct Peer {
     pub address: PeerAddress,
+    /// Its endpoint's address.
+    endpoint: Box<[u8]>,
     /// Operations in flight.
     pub flying: u32,
     /// Targets that use it.
     users: u32,
-    /// Its connection broke: nothing is posted to it any more, and it is forgotten as soon as it is quiet.
+    /// It is to be connected anew when nothing is in flight to it, and not [`Self::met`] until then.
     pub broken: bool,
-    /// It is forgotten; its place is kept for those who do not know that yet.
-    gone: bool,
     /// Taken from the rail's queue, and kept until the peer may have more in flight.
     pub waiting: VecDeque<Span>,
     /// Poll up to which the provider is not asked to take more for it.
@@ -60,8 +60,10 @@ pub(super) struct Peers {
     unused: VecDeque<PeerIndex>,
     /// How many of them may stay.
     keep: usize,
-    /// Broken ones that are not gone yet, and gone ones whose places nobody knows any more.
-    breaking: Vec<PeerIndex>,
+    /// Some of them may be broken.
+    broken: bool,
+    /// Those that could not be connected anew.
+    lost: Vec<PeerIndex>,
     /// Peers with something waiting, in turn.
     pub blocked: VecDeque<PeerIndex>,
 }
@@ -74,7 +76,8 @@ impl Peers {
             by_address: HashMap::new(),
             unused: VecDeque::new(),
             keep,
-            breaking: Vec::new(),
+            broken: false,
+            lost: Vec::new(),
             blocked: VecDeque::new(),
         }
     }
@@ -102,6 +105,10 @@ impl Peers {
 
     /// The peer with this address of an endpoint, known from now on, with one more user.
     pub fn connect(&mut self, nic: &mut impl Nic, address: &[u8]) -> Result<PeerIndex> {
+        // It may be one of them.
+        for index in std::mem::take(&mut self.lost) {
+            let _ = self.renew(nic, index);
+        }
         let found = nic.connect(address)?;
         if let Some(&index) = self.by_address.get(&found.0) {
             let peer = self.at(index);
@@ -113,10 +120,10 @@ impl Peers {
         }
         let peer = Peer {
             address: found,
+            endpoint: address.into(),
             flying: 0,
             users: 1,
             broken: false,
-            gone: false,
             waiting: VecDeque::new(),
             held_until: 0,
             met: false,
@@ -136,59 +143,72 @@ impl Peers {
         Ok(index)
     }
 
-    /// One user less; `broken`: who found its connection broken.
-    pub fn release(&mut self, index: PeerIndex, broken: bool) {
+    /// One user less.
+    pub fn release(&mut self, index: PeerIndex) {
         let peer = self.at(index);
         peer.users -= 1;
-        let unused = peer.users == 0;
-        let breaks = broken && !peer.broken;
-        if breaks {
-            (peer.broken, peer.met) = (true, false);
-        }
-        let gone = peer.gone;
-        if unused && !gone {
+        if peer.users == 0 {
+            self.broken |= peer.broken;
             self.unused.push_back(index);
         }
-        if breaks || unused && gone {
-            self.breaking.push(index);
+    }
+
+    /// The connection to a peer broke, or it does not answer.
+    pub fn set_broken(&mut self, index: PeerIndex) {
+        let peer = self.at(index);
+        (peer.broken, peer.met) = (true, false);
+        self.broken = true;
+    }
+
+    /// Connects a broken peer anew, to which nothing is in flight.
+    pub fn renew(&mut self, nic: &mut impl Nic, index: PeerIndex) -> Result<()> {
+        self.disconnect(nic, index);
+        let peer = &mut self.entries[index as usize];
+        match nic.connect(&peer.endpoint) {
+            Ok(address) => {
+                peer.address = address;
+                (peer.broken, peer.greeted, peer.held_until) = (false, 0, 0);
+                self.by_address.insert(address.0, index);
+                Ok(())
+            }
+            Err(error) => {
+                self.lost.push(index);
+                Err(error)
+            }
         }
     }
 
-    /// Forgets peers that are broken, and the oldest of those without users if there are too many. Only what is
+    fn disconnect(&mut self, nic: &mut impl Nic, index: PeerIndex) {
+        let address = self.at(index).address;
+        self.lost.retain(|&lost| lost != index);
+        // Not where that is done, and it was not connected since.
+        if self.by_address.remove(&address.0).is_some() {
+            if let Err(error) = nic.disconnect(address) {
+                log::warn!("forgetting a peer's address: {error}");
+            }
+        }
+    }
+
+    /// Forgets peers without users: those that are broken, and the oldest if there are too many. Only what is
     /// quiet: nothing in flight, waiting, or (`queued`) on its way to be posted.
     pub fn forget(&mut self, nic: &mut impl Nic, queued: impl Fn(PeerIndex) -> bool) {
-        for index in std::mem::take(&mut self.breaking) {
+        let mut surplus = self.unused.len().saturating_sub(self.keep);
+        if surplus == 0 && !self.broken {
+            return;
+        }
+        self.broken = false;
+        for _ in 0..self.unused.len() {
+            let index = self.unused.pop_front().expect("counted");
             let peer = self.at(index);
-            let (gone, unused) = (peer.gone, peer.users == 0);
-            if !peer.is_quiet() || queued(index) {
-                self.breaking.push(index);
-            } else if !gone {
-                self.unused.retain(|&unused| unused != index);
-                self.leave(nic, index);
-            } else if unused {
-                self.free.push(index);
-            }
-        }
-        for _ in self.keep..self.unused.len() {
-            let index = self.unused.pop_front().expect("there are more than may stay");
-            if self.at(index).is_quiet() && !queued(index) {
-                self.leave(nic, index);
-            } else {
+            let broken = peer.broken;
+            if !(broken || surplus > 0) || !peer.is_quiet() || queued(index) {
+                self.broken |= broken;
                 self.unused.push_back(index);
+                continue;
             }
-        }
-    }
-
-    fn leave(&mut self, nic: &mut impl Nic, index: PeerIndex) {
-        let peer = self.at(index);
-        peer.gone = true;
-        let (address, users) = (peer.address, peer.users);
-        self.by_address.remove(&address.0);
-        if users == 0 {
+            surplus = surplus.saturating_sub(1);
+            self.disconnect(nic, index);
             self.free.push(index);
-        }
-        if let Err(error) = nic.disconnect(address) {
-            log::warn!("forgetting a peer's address: {error}");
         }
     }
 
@@ -198,7 +218,7 @@ impl Peers {
         let Self { entries, blocked, .. } = self;
         blocked.retain(|&index| {
             let peer = &mut entries[index as usize];
-            if peer.users > 0 || peer.met || peer.broken {
+            if peer.users > 0 || peer.met {
                 return true;
             }
             peer.waiting.drain(..).for_each(&mut each);
@@ -224,8 +244,7 @@ pub(super) struct Released(Box<[OfRail]>);
 #[derive(Default)]
 struct OfRail {
     any: AtomicBool,
-    /// And whether its connection is broken.
-    peers: Mutex<Vec<(PeerIndex, bool)>>,
+    peers: Mutex<Vec<PeerIndex>>,
 }
 
 impl Released {
@@ -233,19 +252,19 @@ impl Released {
         Self((0..rails).map(|_| OfRail::default()).collect())
     }
 
-    pub fn add(&self, rail: usize, peer: PeerIndex, broken: bool) {
+    pub fn add(&self, rail: usize, peer: PeerIndex) {
         let own = &self.0[rail];
-        own.peers.lock().push((peer, broken));
+        own.peers.lock().push(peer);
         own.any.store(true, Ordering::Release);
     }
 
     /// Takes what was added for a rail. One load if that is nothing.
-    pub fn take(&self, rail: usize, mut each: impl FnMut(PeerIndex, bool)) {
+    pub fn take(&self, rail: usize, each: impl FnMut(PeerIndex)) {
         let own = &self.0[rail];
         if own.any.load(Ordering::Acquire) {
             let mut peers = own.peers.lock();
             own.any.store(false, Ordering::Relaxed);
-            peers.drain(..).for_each(|(peer, broken)| each(peer, broken));
+            peers.drain(..).for_each(each);
         }
     }
 }

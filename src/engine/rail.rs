@@ -93,8 +93,6 @@ pub(super) struct Broken {
     /// How often it was tried.
     pub tries: u8,
     pub write: bool,
-    /// The peer is to be connected anew.
-    pub reconnect: bool,
     pub fault: Fault,
 }
 
@@ -170,7 +168,7 @@ impl<N: Nic> Posting<'_, N> {
             }
             Post::Again => Step::Again,
             Post::Failed(errno) => {
-                self.refused(span, self.nic.explain(errno), self.rail.connects);
+                self.refused(span, self.nic.explain(errno));
                 Step::Gone
             }
         }
@@ -180,11 +178,7 @@ impl<N: Nic> Posting<'_, N> {
     #[cold]
     fn greet(&mut self, peer: &mut Peer, span: &Span) -> Step {
         if peer.broken {
-            // Not a try: it goes over a new connection when this one is gone.
-            let text = "the connection to the peer broke and is being made anew".to_owned();
-            let fault = Fault { class: Class::Pressure, text };
-            self.rail.refused(span, fault, true, span.tries, self.outcome);
-            return Step::Gone;
+            return Step::Again; // see `Rail::post`
         }
         match self.nic.greet(peer.address, span.remote - span.base, span.key) {
             Post::Done => return Step::Whole,
@@ -192,19 +186,28 @@ impl<N: Nic> Posting<'_, N> {
             Post::Again if self.now.saturating_sub(peer.greeted) < GREETING => {}
             Post::Again => {
                 let fault = self.nic.unanswered(Duration::from_nanos(GREETING));
-                self.refused(span, fault, true);
+                self.refused(span, fault);
+                peer.broken = true;
                 return Step::Gone;
             }
             Post::Failed(errno) => {
-                self.refused(span, self.nic.explain(errno), self.rail.connects);
+                self.refused(span, self.nic.explain(errno));
                 return Step::Gone;
             }
         }
         Step::Again
     }
 
-    fn refused(&mut self, span: &Span, fault: Fault, reconnect: bool) {
-        self.rail.refused(span, fault, reconnect, span.tries.saturating_add(1), self.outcome);
+    /// A peer cannot be connected anew: nothing that waits for it can be posted.
+    #[cold]
+    fn unreachable(&mut self, peer: &mut Peer, error: &Error) {
+        for span in std::mem::take(&mut peer.waiting) {
+            self.refused(&span, Fault { class: Class::Rail, text: error.text.clone() });
+        }
+    }
+
+    fn refused(&mut self, span: &Span, fault: Fault) {
+        self.rail.refused(span, fault, self.outcome);
     }
 }
 
@@ -347,8 +350,8 @@ pub(super) struct Rail<N> {
     /// Among the engine's rails.
     pub index: usize,
     pub health: Health,
-    /// Its peers are connections, which break for good.
-    pub connects: bool,
+    /// See [`Nic::connects`].
+    connects: bool,
     /// Operations that it was given after they had failed.
     pub retried: AtomicU64,
     /// Bytes queued or in flight: the load by which rails are chosen, and "is there work".
@@ -526,7 +529,7 @@ impl<N: Nic> Rail<N> {
     /// Takes note of peers without users, and forgets those that are to be forgotten.
     fn tidy(&self, driver: &mut Driver<N>, shared: &Shared) {
         let Driver { nic, peers, taken, .. } = driver;
-        shared.released.take(self.index, |peer, broken| peers.release(peer, broken));
+        shared.released.take(self.index, |peer| peers.release(peer));
         peers.forget(nic, |peer| {
             let of_it = |span: &Span| span.peer == peer;
             taken.iter().any(of_it) || self.queue.lock().iter().any(of_it)
@@ -592,7 +595,7 @@ impl<N: Nic> Rail<N> {
         *polls += 1;
         completed.clear();
         nic.poll(completed, failed);
-        let mut land = |slot: u32| {
+        let mut land = |slot: u32, broke: bool| {
             let flight = flights.get_mut(slot as usize).filter(|it| it.state != State::Free);
             let Some(flight) = flight else {
                 add(&self.counters.strays, 1);
@@ -603,12 +606,15 @@ impl<N: Nic> Rail<N> {
             (peer.flying, peer.held_until) = (peer.flying - 1, 0);
             let landed = *flight;
             flight.state = State::Free;
+            if broke {
+                peers.set_broken(landed.peer);
+            }
             Some(landed)
         };
         let ailing = shared.is_ailing(now);
         let (mut count, mut written, mut read) = (0, 0, 0);
         let mut ends = Ends::new(self, shared, &mut outcome.ended);
-        for flight in completed.iter().filter_map(|&slot| land(slot)) {
+        for flight in completed.iter().filter_map(|&slot| land(slot, false)) {
             count += 1;
             let length = u64::from(flight.length);
             *(if flight.state == State::Write { &mut written } else { &mut read }) += length;
@@ -625,7 +631,7 @@ impl<N: Nic> Rail<N> {
         }
         let events = completed.len() + failed.len();
         for (slot, fault) in failed.drain(..) {
-            let Some(flight) = land(slot) else { continue };
+            let Some(flight) = land(slot, self.connects) else { continue };
             add(&self.counters.faults[fault.class as usize], 1);
             outcome.broken.push(Broken {
                 rail: self.index,
@@ -637,7 +643,6 @@ impl<N: Nic> Rail<N> {
                 region: flight.region,
                 tries: flight.tries,
                 write: flight.state == State::Write,
-                reconnect: self.connects,
                 fault,
             });
         }
@@ -690,6 +695,11 @@ impl<N: Nic> Rail<N> {
         while posted < TURN && idle < peers.blocked.len() {
             let Some(index) = peers.blocked.pop_front() else { break };
             idle += 1;
+            if peers.at(index).broken && peers.at(index).flying == 0 {
+                if let Err(error) = peers.renew(posting.nic, index) {
+                    posting.unreachable(peers.at(index), &error);
+                }
+            }
             let peer = peers.at(index);
             if peer.may_fly(posting.free.len()) && *polls >= peer.held_until {
                 if let Some(mut span) = peer.waiting.pop_front() {
@@ -757,14 +767,7 @@ impl<N: Nic> Rail<N> {
 
     /// A span could not be posted.
     #[cold]
-    fn refused(
-        &self,
-        span: &Span,
-        fault: Fault,
-        reconnect: bool,
-        tries: u8,
-        outcome: &mut Outcome,
-    ) {
+    fn refused(&self, span: &Span, fault: Fault, outcome: &mut Outcome) {
         add(&self.counters.faults[fault.class as usize], 1);
         outcome.broken.push(Broken {
             rail: self.index,
@@ -774,9 +777,8 @@ impl<N: Nic> Rail<N> {
             length: span.length,
             peer: span.peer,
             region: span.region,
-            tries,
+            tries: span.tries.saturating_add(1),
             write: span.write,
-            reconnect,
             fault,
         });
     }
@@ -811,8 +813,7 @@ impl<N: Nic> Rail<N> {
         self.queue.lock().retain(&mut keep);
         driver.peers.take_orphans(|span| {
             let text = "the peer's descriptor was replaced before it had answered".to_owned();
-            let tries = span.tries.saturating_add(1);
-            self.refused(&span, Fault { class: Class::Peer, text }, false, tries, outcome);
+            self.refused(&span, Fault { class: Class::Peer, text }, outcome);
         });
         self.tidy(driver, shared);
     }

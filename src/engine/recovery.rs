@@ -101,19 +101,11 @@ impl<N: Nic> Engine<N> {
         if matches!(class, Class::Peer | Class::Rail) {
             self.blame(&part, target.as_deref(), now);
         }
-        // Whatever broke it: who only asked for the wrong key has no connection now either.
-        if let (true, Some(target)) = (part.reconnect, &target) {
-            if let Some(nic) = target.nic_of(part.rail, part.peer) {
-                target.set_broken(part.rail, nic);
-                self.replace(self.shared.batches.group(part.group).aim().target, target);
-            }
-        }
         let group = self.shared.batches.group(part.group);
-        let life = group.aim().life;
         let again = class.may_pass()
             && part.tries < self.settings.tries
             && !group.is_condemned()
-            && target.as_ref().is_some_and(|target| target.life == life);
+            && target.as_ref().is_some_and(|target| self.may_go(&part, target));
         if again {
             let delay = DELAY << u32::from(part.tries.max(1) - 1).min(DOUBLINGS);
             let due = now.saturating_add(jitter(delay, now ^ part.local));
@@ -121,6 +113,14 @@ impl<N: Nic> Engine<N> {
         } else {
             self.give_up(&part, target, outcome, now);
         }
+    }
+
+    /// Whether a part may go to what is known of its peer now: in another life of it the other parts, which may have
+    /// gone to the former, would be missing.
+    fn may_go(&self, part: &Broken, target: &Target) -> bool {
+        let batches = &self.shared.batches;
+        target.life == batches.group(part.group).aim().life
+            || batches.length(part.group) == part.length
     }
 
     /// Counts a failure against the NICs at both ends. Which of them it was is seen by which works with others.
@@ -176,11 +176,12 @@ impl<N: Nic> Engine<N> {
                 self.later.add(due, part);
                 continue;
             }
-            let life = group.aim().life;
             let way = |target| self.way(&part, target, now);
-            match target.as_deref().filter(|target| target.life == life).map_or(Way::None, way) {
+            let may_go = |target: &&Target| self.may_go(&part, target);
+            match target.as_deref().filter(may_go).map_or(Way::None, way) {
                 Way::Now(rail, span) => {
                     if let Some(target) = &target {
+                        group.set_life(target.life);
                         target.faults.retried.fetch_add(1, Ordering::Relaxed);
                     }
                     let to = &self.rails[rail];

@@ -64,8 +64,6 @@ pub(super) struct Target {
     /// What each rail knows the peer's NICs as: `rail * nics + nic`.
     peers: Box<[AtomicU32]>,
     released: Arc<Released>,
-    /// Rails and NICs whose connections broke.
-    broken: Mutex<Vec<(usize, u16)>>,
     /// It said that something is not as its descriptor has it.
     stale: AtomicBool,
     /// That may be so: something failed for good.
@@ -155,7 +153,6 @@ impl Target {
             rails,
             peers,
             released,
-            broken: Mutex::default(),
             stale: AtomicBool::new(false),
             doubtful: AtomicBool::new(false),
             faults: Arc::default(),
@@ -180,7 +177,7 @@ impl Target {
         match slot.compare_exchange(UNKNOWN, peer, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => peer,
             Err(first) => {
-                self.released.add(rail, peer, false);
+                self.released.add(rail, peer);
                 first
             }
         }
@@ -209,16 +206,10 @@ impl Target {
             rails: self.rails,
             peers: self.peers.iter().map(|_| AtomicU32::new(UNKNOWN)).collect(),
             released: self.released.clone(),
-            broken: Mutex::default(),
             stale: AtomicBool::new(self.stale.load(Ordering::Relaxed)),
             doubtful: AtomicBool::new(self.doubtful.load(Ordering::Relaxed)),
             faults: self.faults.clone(),
         }
-    }
-
-    /// The connection of `rail` to this NIC broke: it is not to be used again.
-    pub fn set_broken(&self, rail: usize, nic: u16) {
-        self.broken.lock().push((rail, nic));
     }
 
     /// Forgets the address of NIC `nic`, if a handshake told it: the peer may have been restarted and have
@@ -310,8 +301,7 @@ impl Drop for Target {
         for rail in 0..self.rails {
             for nic in 0..self.nics.len() as u16 {
                 if let Some(peer) = self.peer(rail, nic) {
-                    let broken = self.broken.get_mut().contains(&(rail, nic));
-                    self.released.add(rail, peer, broken);
+                    self.released.add(rail, peer);
                 }
             }
         }

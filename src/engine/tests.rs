@@ -1191,7 +1191,7 @@ fn nothing_is_posted_to_a_peer_that_has_not_answered() {
 }
 
 #[test]
-fn what_waits_for_a_peer_that_was_replaced_is_told_so() {
+fn what_waits_for_a_peer_that_was_replaced_goes_to_the_new_one() {
     let mut bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
     bench.world.lock().deaf = [0].into();
     let batch = bench.engine.allocate_batch(2).expect("batch");
@@ -1203,11 +1203,7 @@ fn what_waits_for_a_peer_that_was_replaced_is_told_so() {
     for _ in 0..5 {
         bench.pass(20 * MS);
     }
-    // It was meant for the process that is gone; whoever sent it may send it to the new one.
-    assert_eq!(bench.status(batch), Status::Failed, "long before it is late");
-    assert!(bench.why(batch, 0).contains("was replaced before it had answered"));
-    let batch = bench.engine.allocate_batch(2).expect("batch");
-    bench.submit(batch, &requests).expect("started");
+    assert_eq!(bench.world.lock().flying[&0].len(), 2, "long before anybody gives up");
     bench.settle();
     assert_eq!(bench.status(batch), Status::Completed);
 }
