@@ -525,12 +525,18 @@ impl Lane {
         }
 
         let rest = moves.iter().zip(&statuses).filter(|(_, status)| !is_done(status));
-        let rest: Vec<Move> = rest.map(|(it, _)| *it).collect();
-        let quiet = rest.is_empty()
-            || batch.is_some_and(|batch| transport.is_quiet(batch).unwrap_or(false));
+        let quiet = batch.is_some_and(|batch| transport.is_quiet(batch).unwrap_or(false));
+        // Only after a timeout anything may still be done to the memory of what has ended.
+        let is_quiet = |status: &Option<Status>| {
+            quiet || matches!(status, Some(Status::Failed | Status::Canceled | Status::Invalid))
+        };
+        let (rest, hot): (Vec<_>, Vec<_>) = rest.partition(|(_, status)| is_quiet(status));
+        let rest: Vec<Move> = rest.into_iter().map(|(it, _)| *it).collect();
+        let hot: Vec<Move> = hot.into_iter().map(|(it, _)| *it).collect();
         let attached = self.other.is_some();
-        if !quiet {
-            self.put_aside(Burnt { batch, round, write, moves: rest, attached });
+        if !hot.is_empty() {
+            self.put_aside(Burnt { batch, round, write, moves: hot, attached });
+            self.settle(round, write, &rest)?;
         } else {
             if let Some(Err(error)) = batch.map(|batch| transport.free_batch(batch)) {
                 link.count(|tally| tally.unexplained += 1);

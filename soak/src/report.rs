@@ -87,6 +87,13 @@ fn details(outcome: &Outcome) {
             println!("  {count} {what}");
         }
     }
+    for (link, tally) in outcome.links.iter().filter(|_| outcome.links.len() > 1) {
+        let Tally { tried, completed, failed, timed_out, stall_ms, .. } = tally;
+        println!(
+            "  {link}: {tried} tried, {completed} completed, {failed} failed, {timed_out} timed out, longest stall \
+             {stall_ms} ms"
+        );
+    }
     let counters = outcome.counters.iter().filter(|(_, count)| **count > 0);
     let counters: Vec<_> = counters.map(|(name, count)| format!("{name} {count}")).collect();
     println!("  transports: {}", counters.join(", "));
@@ -102,7 +109,7 @@ fn details(outcome: &Outcome) {
         );
     }
     for (name, growth) in &outcome.resources {
-        let Growth { first, second, last } = growth;
+        let Growth { first, second, last, .. } = growth;
         let mib = |sample: &Sample| sample.rss_kib as f64 / 1024.0;
         println!(
             "  {name}: in the first, second and last quarter {:.1}, {:.1} and {:.1} MiB resident, {}, {} and {} \

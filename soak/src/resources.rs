@@ -34,6 +34,8 @@ impl Sample {
 /// Medians of quarters of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Growth {
+    /// How many there were.
+    pub samples: usize,
     /// Of the first.
     pub first: Sample,
     /// Of the second: pools and caches have got their size.
@@ -42,6 +44,8 @@ pub struct Growth {
     pub last: Sample,
 }
 
+/// Fewer seconds than this say nothing: pools and caches get their size.
+const LEAST: usize = 100;
 /// Resident memory may grow by so much: caches, the allocator, stacks used for the first time.
 const RSS_KIB: u64 = 16 << 10;
 /// Descriptors and threads that come and go.
@@ -64,15 +68,17 @@ impl Growth {
             }
         };
         (quarter > 0).then(|| Self {
+            samples: samples.len(),
             first: median(&samples[..quarter]),
             second: median(&samples[quarter..2 * quarter]),
             last: median(&samples[samples.len() - quarter..]),
         })
     }
 
-    /// Whether it is no more than chance, since the second quarter.
+    /// Whether it is no more than chance, since the second quarter, or too short to tell.
     pub fn is_flat(&self) -> bool {
-        self.last.rss_kib <= self.second.rss_kib + RSS_KIB
+        self.samples < LEAST
+            || self.last.rss_kib <= self.second.rss_kib + RSS_KIB
             && self.last.fds <= self.second.fds + SOME
             && self.last.threads <= self.second.threads + SOME
     }
@@ -86,13 +92,13 @@ mod tests {
     fn growth_is_seen() {
         let at = |rss_kib, fds| Sample { rss_kib, fds, threads: 4 };
         assert_eq!(Growth::of(&[at(1, 1); 3]), None);
-        let flat: Vec<_> = (0..40).map(|second| at(100_000 + second % 7, 20)).collect();
+        let flat: Vec<_> = (0..400).map(|second| at(100_000 + second % 7, 20)).collect();
         assert!(Growth::of(&flat).expect("enough").is_flat());
-        let pool: Vec<_> = (0..40).map(|second| at(100_000 + second.min(9) * 9000, 20)).collect();
+        let pool: Vec<_> = (0..400).map(|second| at(100_000 + second.min(90) * 900, 20)).collect();
         assert!(Growth::of(&pool).expect("enough").is_flat());
-        let rss: Vec<_> = (0..40).map(|second| at(100_000 + second * 1000, 20)).collect();
+        let rss: Vec<_> = (0..400).map(|second| at(100_000 + second * 100, 20)).collect();
         assert!(!Growth::of(&rss).expect("enough").is_flat());
-        let fds: Vec<_> = (0..40).map(|second| at(100_000, 20 + second / 5)).collect();
+        let fds: Vec<_> = (0..400).map(|second| at(100_000, 20 + second / 50)).collect();
         assert!(!Growth::of(&fds).expect("enough").is_flat());
     }
 

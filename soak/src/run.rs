@@ -54,6 +54,8 @@ pub struct Outcome {
     pub tally: Tally,
     /// Of those between the two processes that live through it.
     pub watched: Tally,
+    /// By who transfers to whom.
+    pub links: BTreeMap<String, Tally>,
     /// Operations tried once more; `None` if the transport does not count them.
     pub retried: Option<u64>,
     /// The transports' other counters, summed.
@@ -493,13 +495,19 @@ impl Show {
         a.and_then(|a| a.beat.links.get("b")).copied().unwrap_or_default()
     }
 
-    fn tally(&self) -> Tally {
-        let mut all = Tally::default();
+    fn links(&self) -> BTreeMap<String, Tally> {
+        let mut links = BTreeMap::<String, Tally>::new();
         for node in &self.nodes {
-            for beat in node.past.iter().chain([&node.beat]) {
-                beat.links.values().for_each(|tally| all.add(tally));
+            for (peer, tally) in node.past.iter().chain([&node.beat]).flat_map(|beat| &beat.links) {
+                links.entry(format!("{} to {peer}", node.spec.name)).or_default().add(tally);
             }
         }
+        links
+    }
+
+    fn tally(&self) -> Tally {
+        let mut all = Tally::default();
+        self.links().values().for_each(|tally| all.add(tally));
         all
     }
 
@@ -562,6 +570,7 @@ impl Show {
             seconds: took.as_secs_f64(),
             tally: self.tally(),
             watched: self.watched(),
+            links: self.links(),
             retried: counters.get("retried").copied(),
             hung: self.hung,
             crashed: self.crashed,

@@ -47,25 +47,26 @@ pub enum Must {
 /// The fault that not every provider can be given: see [`crate::stage::Devices::refusal`].
 const FULL: &str = "full";
 
-/// The provider's words for a peer that does not answer, or a NIC that cannot reach it.
-const SILENT: &[&str] =
-    &["Unresponsive", "Unreachable", "unresponsive", "unreachable", "provider's 15:"];
-/// Those, and what is said of a peer that was killed: of its queue pair, its memory, its address.
+/// The transport's words for a NIC, ours or a peer's, that is cut off, or a peer that is gone.
+const CUT_OFF: &[&str] = &[
+    "the peer answered before and does not any more",
+    "the peer's NIC answered before and does not any more",
+    "the peer's NIC never answered",
+    "did not answer our greeting",
+    "port is down",
+];
+/// Those, and what is said of a peer that was killed, and may have come back as another.
 const KILLED: &[&str] = &[
-    "Unresponsive",
-    "Unreachable",
-    "unresponsive",
-    "unreachable",
-    "provider's 15:",
-    "Invalid address handle",
-    "Destination",
-    "destination",
-    "Remote key",
-    "remote",
-    "Unknown",
-    "queue pair",
-    "is not registered",
-    "does not answer",
+    "the peer answered before and does not any more",
+    "the peer's NIC answered before and does not any more",
+    "the peer's NIC never answered",
+    "did not answer our greeting",
+    "port is down",
+    "the peer's endpoint is gone",
+    "the peer's NIC does not know ours",
+    "the peer has no such memory under this key",
+    "is not registered at",
+    "does not answer: all of its",
 ];
 
 const USUAL: Scenario = Scenario {
@@ -100,7 +101,7 @@ pub const SCENARIOS: &[Scenario] = &[
         what: "0.5 % of the initiator's work requests end with status 13",
         share: 10,
         rules: &["error status=unresp rate=0.5% host=0"],
-        causes: SILENT,
+        causes: CUT_OFF,
         ..USUAL
     },
     Scenario {
@@ -134,20 +135,29 @@ pub const SCENARIOS: &[Scenario] = &[
         share: 14,
         nics_down: true,
         dead_ms: 600,
-        causes: SILENT,
+        causes: CUT_OFF,
+        ..USUAL
+    },
+    Scenario {
+        name: "nic-gone",
+        what: "one NIC of the initiator goes down, and stays so",
+        share: 6,
+        rules: &["down host=0 nic=1"],
+        dead_ms: 600,
+        causes: CUT_OFF,
         ..USUAL
     },
     Scenario {
         name: "latency",
         what: "50 us; 1 % of completions late by 30 ms, 0.05 % by 300 ms",
-        share: 8,
+        share: 6,
         rules: &["link latency=50us", "delay by=30ms rate=1%", "delay by=300ms rate=0.05%"],
         ..USUAL
     },
     Scenario {
         name: "restarts",
         what: "kill -9 of an initiator and of a target again and again, beside a pair that lives",
-        share: 24,
+        share: 20,
         kills: Some((20, 200)),
         timeout_ms: 5000,
         causes: KILLED,
