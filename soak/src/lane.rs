@@ -43,13 +43,15 @@ pub struct LaneSpec {
     pub slots: u32,
     /// Transfers of a round, at most [`BATCH`].
     pub batch: usize,
+    /// Their deadline, milliseconds; 0: the transport's own.
+    pub timeout_ms: u64,
 }
 
 /// What all lanes of a process have in common.
 pub struct Common {
     /// Seed of everything that is drawn.
     pub seed: u64,
-    /// Deadline of a transfer.
+    /// The transport's own deadline of a transfer.
     pub timeout: Duration,
     /// Cancel some batches.
     pub cancels: bool,
@@ -246,6 +248,13 @@ impl Lane {
         &self.shared[self.number]
     }
 
+    fn timeout(&self) -> Duration {
+        match self.spec.timeout_ms {
+            0 => self.common.timeout,
+            own => Duration::from_millis(own),
+        }
+    }
+
     fn note(&self, kind: &'static str, what: &str) {
         let (peer, seed) = (&self.here().peer, self.common.seed);
         let place = format!("lane {} to {peer}, round {}, seed {seed}", self.number, self.round);
@@ -274,7 +283,7 @@ impl Lane {
             }
         }
         // What must be quiet by now, and is still as it should be.
-        let limit = Instant::now() + self.common.timeout;
+        let limit = Instant::now() + self.timeout();
         while self.burnt.iter().any(|burnt| burnt.batch.is_some()) && Instant::now() < limit {
             if self.cool().is_err() {
                 self.detach();
@@ -453,7 +462,8 @@ impl Lane {
         link.count(|tally| tally.tried += count);
         link.start(count);
 
-        let timeout = self.rng.bool().then_some(self.common.timeout);
+        let own = self.spec.timeout_ms == 0 && self.rng.bool();
+        let timeout = (!own).then_some(self.timeout());
         let submitted = self.watched("submit", Duration::ZERO, || match style {
             Style::Detached => transport.submit_detached(requests, timeout).map(|()| None),
             _ => {
@@ -557,7 +567,7 @@ impl Lane {
     fn wait(&mut self, style: Style, batch: Option<BatchId>, count: usize) -> bool {
         let (transport, shared) = (self.transport.clone(), self.shared.clone());
         let (ledger, round) = (&shared[self.number].ledger, self.round);
-        let patience = self.common.timeout + MARGIN;
+        let patience = self.timeout() + MARGIN;
         let limit = Instant::now() + patience;
         match (style, batch) {
             (Style::Wait, Some(batch)) => {
@@ -808,16 +818,18 @@ impl Lane {
             Err(error) => return self.note("call", &format!("memory of its own again: {error}")),
         }
         self.free = (0..self.spec.slots).collect();
+        let mut moves = 0;
         for burnt in std::mem::take(&mut self.burnt) {
+            moves += burnt.moves.len() as u64;
             if let Some(Err(error)) = burnt.batch.map(|batch| self.transport.free_batch(batch)) {
                 self.note("call", &format!("a batch that has ended is not freed: {error}"));
             }
         }
         match self.transport.unregister(former) {
+            // Then nothing uses it any more, also where that could not be asked.
+            Ok(()) => self.here().link.count(|tally| tally.unquiet -= moves),
             Err(error) if error.code == Code::Busy => {}
-            other => {
-                self.note("call", &format!("unregistering memory that is not quiet: {other:?}"))
-            }
+            Err(error) => self.note("call", &format!("unregister: {error}")),
         }
     }
 

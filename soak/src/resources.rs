@@ -79,8 +79,8 @@ impl Growth {
     pub fn is_flat(&self) -> bool {
         self.samples < LEAST
             || self.last.rss_kib <= self.second.rss_kib + RSS_KIB
-            && self.last.fds <= self.second.fds + SOME
-            && self.last.threads <= self.second.threads + SOME
+                && self.last.fds <= self.second.fds + SOME
+                && self.last.threads <= self.second.threads + SOME
     }
 }
 

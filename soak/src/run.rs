@@ -34,8 +34,9 @@ const LEAST: f64 = 0.02;
 const LANES: u64 = 2;
 /// NICs of hosts whose processes are killed: each costs time when the next one starts.
 const SHORT_LIVED_NICS: u8 = 1;
-/// Slots and transfers of the lanes to or of those that are killed.
-const SHORT_LIVED: (u32, usize) = (64, 40);
+/// Of the lanes to or of those that are killed. They give up soon, to find the next one alive.
+const SHORT_LIVED: LaneSpec = LaneSpec { remote: 0, slots: 64, batch: 40, timeout_ms: 1000 };
+const SHORT_REGION: u64 = SHORT_LIVED.slots as u64 * SLOT;
 /// Where an initiator that was killed had its memory at the target, the next ones do not.
 const PLACES: u64 = 8;
 /// Lines of a log that are shown.
@@ -102,8 +103,8 @@ impl Living {
 struct Node {
     spec: NodeSpec,
     host: u16,
-    /// To be killed again and again.
-    mortal: bool,
+    /// To be killed again and again, so long after it is ready, milliseconds.
+    lives: Option<(u64, u64)>,
     life: u64,
     process: Option<Process>,
     since: Instant,
@@ -119,7 +120,7 @@ struct Node {
 }
 
 impl Node {
-    fn new(name: &str, host: u16, mortal: bool) -> Self {
+    fn new(name: &str, host: u16, lives: Option<(u64, u64)>) -> Self {
         Self {
             spec: NodeSpec {
                 name: name.into(),
@@ -132,7 +133,7 @@ impl Node {
                 causes: Vec::new(),
             },
             host,
-            mortal,
+            lives,
             life: 0,
             process: None,
             since: Instant::now(),
@@ -147,8 +148,8 @@ impl Node {
         }
     }
 
-    fn lane(&mut self, peer: &str, remote: u64, slots: u32, batch: usize) {
-        self.spec.lanes.push((peer.into(), LaneSpec { remote, slots, batch }));
+    fn lane(&mut self, peer: &str, lane: LaneSpec) {
+        self.spec.lanes.push((peer.into(), lane));
     }
 }
 
@@ -267,24 +268,23 @@ pub fn run(
 /// `c` to `b`, and `c` and `d` are those that are killed.
 fn cast(scenario: &Scenario, seed: u64) -> Vec<Node> {
     let region = u64::from(scenario.slots) * SLOT;
-    let (short_slots, short_batch) = SHORT_LIVED;
-    let short_region = u64::from(short_slots) * SLOT;
-    let mut a = Node::new("a", 0, false);
-    let mut b = Node::new("b", 1, false);
+    let mut a = Node::new("a", 0, None);
+    let mut b = Node::new("b", 1, None);
     for lane in 0..LANES {
-        a.lane("b", lane * region, scenario.slots, BATCH);
+        let remote = lane * region;
+        a.lane("b", LaneSpec { remote, slots: scenario.slots, batch: BATCH, timeout_ms: 0 });
     }
     b.spec.serve = LANES * region;
     let mut nodes = Vec::new();
-    if scenario.kills.is_some() {
-        b.spec.serve += PLACES * short_region;
-        let mut c = Node::new("c", 2, true);
-        c.lane("b", LANES * region, short_slots, short_batch);
-        let mut d = Node::new("d", 3, true);
-        d.spec.serve = LANES * short_region;
+    if let Some(kills) = scenario.kills {
+        let mut c = Node::new("c", 2, Some(kills.initiator));
+        c.lane("b", LaneSpec { remote: LANES * region, ..SHORT_LIVED });
+        b.spec.serve += PLACES * SHORT_REGION;
+        let mut d = Node::new("d", 3, Some(kills.target));
         for lane in 0..LANES {
-            a.lane("d", lane * short_region, short_slots, short_batch);
+            a.lane("d", LaneSpec { remote: lane * SHORT_REGION, ..SHORT_LIVED });
         }
+        d.spec.serve = LANES * SHORT_REGION;
         nodes.extend([c, d]);
     }
     nodes.extend([b, a]);
@@ -332,21 +332,20 @@ impl Show {
         let mut spec = node.spec.clone();
         spec.peers = self.stage.peers();
         spec.seed = spec.seed.wrapping_add(node.life << 16);
-        if node.mortal {
+        if node.lives.is_some() {
             // Packets of the one before may still arrive.
-            let short_region = u64::from(SHORT_LIVED.0) * SLOT;
             for (_, lane) in &mut spec.lanes {
-                lane.remote += node.life % PLACES * short_region;
+                lane.remote += node.life % PLACES * SHORT_REGION;
             }
         }
         // What a former life said last must not be taken for this one's.
         let tag = number + (node.life as usize) * self.stage_size();
         let node = &mut self.nodes[number];
-        let nics = if node.mortal { SHORT_LIVED_NICS } else { self.nics };
+        let nics = if node.lives.is_some() { SHORT_LIVED_NICS } else { self.nics };
         node.process = Some(self.stage.start(tag, &spec, node.host, nics, &self.sender)?);
         (node.ready, node.kill_at) = (false, None);
         (node.since, node.heard) = (Instant::now(), Instant::now());
-        if let Some((least, most)) = self.scenario.kills.filter(|_| node.mortal) {
+        if let Some((least, most)) = node.lives {
             // One of eight does not even get ready.
             if self.rng.u8(0..8) == 0 {
                 let age = Duration::from_millis(self.rng.u64(0..least + most));
@@ -389,7 +388,7 @@ impl Show {
         match said {
             Some(Said::Ready) => {
                 node.ready = true;
-                if let Some((least, most)) = self.scenario.kills.filter(|_| node.mortal) {
+                if let Some((least, most)) = node.lives {
                     let age = Duration::from_millis(self.rng.u64(least..=most));
                     node.kill_at.get_or_insert(Instant::now() + age);
                 }
@@ -445,7 +444,7 @@ impl Show {
     }
 
     fn note_stacks(&mut self) {
-        for node in self.nodes.iter().filter(|node| !node.mortal) {
+        for node in self.nodes.iter().filter(|node| node.lives.is_none()) {
             if let Some(process) = &node.process {
                 let (name, threads) = (&node.spec.name, process.threads());
                 self.notes.push(format!("stands still: {name}, its threads: {threads}"));
@@ -470,7 +469,7 @@ impl Show {
     fn kill_and_start(&mut self) -> Result<()> {
         for number in 0..self.nodes.len() {
             let node = &mut self.nodes[number];
-            if node.mortal && node.kill_at.is_some_and(|at| at <= Instant::now()) {
+            if node.lives.is_some() && node.kill_at.is_some_and(|at| at <= Instant::now()) {
                 if let Some(mut process) = node.process.take() {
                     process.kill();
                 }
@@ -484,7 +483,7 @@ impl Show {
     }
 
     fn sample(&mut self) {
-        for node in self.nodes.iter_mut().filter(|node| !node.mortal) {
+        for node in self.nodes.iter_mut().filter(|node| node.lives.is_none()) {
             let pid = node.process.as_ref().map(Process::pid);
             node.samples.extend(pid.and_then(Sample::of));
         }

@@ -12,8 +12,8 @@ pub struct Scenario {
     pub rules: &'static [&'static str],
     /// NICs go down and up, one after the other.
     pub nics_down: bool,
-    /// Kill processes and start them again: how long each lives at least and at most, milliseconds.
-    pub kills: Option<(u64, u64)>,
+    /// Kill processes and start them again.
+    pub kills: Option<Kills>,
     /// Deadline of a transfer, milliseconds.
     pub timeout_ms: u64,
     /// softefa's silence after which a peer is unresponsive, milliseconds.
@@ -30,6 +30,15 @@ pub struct Scenario {
     pub flat: bool,
     /// It is about [`FULL`] only.
     pub only_full: bool,
+}
+
+/// How long processes that are killed live at least and at most once they are ready, milliseconds.
+#[derive(Clone, Copy)]
+pub struct Kills {
+    /// The initiator.
+    pub initiator: (u64, u64),
+    /// The target.
+    pub target: (u64, u64),
 }
 
 /// What must come of the transfers between the two processes that live through a scenario. That none is lost,
@@ -99,7 +108,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "errors",
         what: "0.5 % of the initiator's work requests end with status 13",
-        share: 10,
+        share: 9,
         rules: &["error status=unresp rate=0.5% host=0"],
         causes: CUT_OFF,
         ..USUAL
@@ -107,7 +116,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "lost",
         what: "2 % of the initiator's completions are lost, the deadline is 1 s",
-        share: 10,
+        share: 9,
         rules: &["lose rate=2% host=0"],
         timeout_ms: 1000,
         slots: 384,
@@ -117,7 +126,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "eagain",
         what: "20 % of posts find the queue full",
-        share: 8,
+        share: 7,
         rules: &["full rate=20%"],
         only_full: true,
         ..USUAL
@@ -125,14 +134,14 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "reorder",
         what: "30 % of work requests are executed later than those after them",
-        share: 8,
+        share: 7,
         rules: &["reorder rate=30%"],
         ..USUAL
     },
     Scenario {
         name: "nic-down",
         what: "every second one NIC after the other goes down for 0.7 s, on either side",
-        share: 14,
+        share: 12,
         nics_down: true,
         dead_ms: 600,
         causes: CUT_OFF,
@@ -141,7 +150,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "nic-gone",
         what: "one NIC of the initiator goes down, and stays so",
-        share: 6,
+        share: 5,
         rules: &["down host=0 nic=1"],
         dead_ms: 600,
         causes: CUT_OFF,
@@ -150,16 +159,15 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "latency",
         what: "50 us; 1 % of completions late by 30 ms, 0.05 % by 300 ms",
-        share: 6,
+        share: 5,
         rules: &["link latency=50us", "delay by=30ms rate=1%", "delay by=300ms rate=0.05%"],
         ..USUAL
     },
     Scenario {
         name: "restarts",
         what: "kill -9 of an initiator and of a target again and again, beside a pair that lives",
-        share: 20,
-        kills: Some((20, 200)),
-        timeout_ms: 5000,
+        share: 30,
+        kills: Some(Kills { initiator: (20, 150), target: (100, 500) }),
         causes: KILLED,
         flat: true,
         ..USUAL
@@ -167,7 +175,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "mixed",
         what: "all of these at once, at lower rates, and some batches cancelled",
-        share: 16,
+        share: 14,
         rules: &[
             "error status=unresp rate=0.2% host=0",
             "lose rate=0.05% host=0",
@@ -176,7 +184,7 @@ pub const SCENARIOS: &[Scenario] = &[
             "full rate=10%",
         ],
         nics_down: true,
-        kills: Some((300, 1500)),
+        kills: Some(Kills { initiator: (300, 1500), target: (300, 1500) }),
         timeout_ms: 3000,
         dead_ms: 600,
         slots: 192,
@@ -194,7 +202,7 @@ pub const SCENARIOS: &[Scenario] = &[
             "delay by=5ms rate=0.5%",
             "full rate=5%",
         ],
-        kills: Some((1500, 3000)),
+        kills: Some(Kills { initiator: (1500, 3000), target: (1500, 3000) }),
         cancels: true,
         causes: KILLED,
         flat: true,
