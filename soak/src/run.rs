@@ -626,3 +626,80 @@ fn judge(scenario: &Scenario, outcome: &Outcome) -> Vec<String> {
     }
     wrong
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scenario::SCENARIOS;
+
+    fn named(name: &str) -> &'static Scenario {
+        SCENARIOS.iter().find(|scenario| scenario.name == name).expect("there is one")
+    }
+
+    fn outcome(scenario: &Scenario) -> Outcome {
+        let tally = Tally { tried: 10, completed: 10, ..Tally::default() };
+        Outcome {
+            scenario: scenario.name,
+            seed: 0,
+            seconds: 1.0,
+            tally,
+            watched: tally,
+            links: BTreeMap::new(),
+            retried: None,
+            counters: BTreeMap::new(),
+            hung: 0,
+            crashed: 0,
+            restarts: 0,
+            living: None,
+            resources: BTreeMap::new(),
+            samples: BTreeMap::new(),
+            notes: Vec::new(),
+            wrong: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_must_be_none_must_be_none() {
+        let errors = named("errors");
+        assert_eq!(judge(errors, &outcome(errors)), Vec::<String>::new());
+        let bad: [fn(&mut Outcome); 8] = [
+            |it| it.tally.completed = 0,
+            |it| it.tally.lost = 1,
+            |it| it.tally.corrupted = 1,
+            |it| it.tally.unexplained = 1,
+            |it| it.hung = 1,
+            |it| it.crashed = 1,
+            |it| it.watched.failed = 1,
+            |it| it.watched.timed_out = 1,
+        ];
+        for (at, make_bad) in bad.into_iter().enumerate() {
+            let mut outcome = outcome(errors);
+            make_bad(&mut outcome);
+            assert_eq!(judge(errors, &outcome).len(), 1, "{at}");
+        }
+    }
+
+    #[test]
+    fn the_checker_must_find_something() {
+        let checker = named("checker");
+        let mut outcome = outcome(checker);
+        assert_eq!(judge(checker, &outcome).len(), 1);
+        outcome.tally.corrupted = 1;
+        assert_eq!(judge(checker, &outcome), Vec::<String>::new());
+    }
+
+    #[test]
+    fn one_second_without_a_byte_is_starvation() {
+        let curve: Vec<(u64, u64)> = (0..20)
+            .map(|second| {
+                (second * 1000, 100_000_000 * if second < 12 { second } else { second - 1 })
+            })
+            .collect();
+        let living = living(&curve, 5).expect("both parts have seconds");
+        assert_eq!((living.undisturbed, living.median, living.least), (100.0, 100.0, 0.0));
+        let restarts = named("restarts");
+        let mut outcome = outcome(restarts);
+        outcome.living = Some(living);
+        assert_eq!(judge(restarts, &outcome).len(), 1);
+    }
+}
