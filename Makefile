@@ -12,12 +12,13 @@ INCLUDE_DIR ?= /usr/include
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET_DIR)/release/mooncake-efa
 SOFTEFA := $(TARGET_DIR)/release/softefa
+SOAK := $(TARGET_DIR)/release/soak
 # The emulated devices of this checkout's tests.
 EFA_DIR := /dev/shm/mefa-test-$(shell pwd | cksum | cut -d' ' -f1)
 ENV := . scripts/env &&
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-mooncake fuzz sanitize bench lint header bindings install clean help bench-programs cmake
+.PHONY: build demo test test-mooncake soak fuzz sanitize bench lint header bindings install clean help bench-programs cmake
 
 build: ## the library and the command, in target/release
 	@scripts/setup build
@@ -40,6 +41,8 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	$(ENV) MEFA_TEST_PROVIDERS=efa $(SOFTEFA) run --dir $(EFA_DIR) -- \
 		$(CARGO) test $(CARGO_FLAGS) --release --workspace --test cli
 	@rm -rf $(EFA_DIR)
+	@# The same under faults, a minute of it.
+	$(SOAK) --minutes 1
 	@$(MAKE) --no-print-directory cmake CMAKE_ARGS=-DMOONCAKE_EFA_BUILD_TESTS=ON
 	cd build && ctest --output-on-failure
 
@@ -56,6 +59,9 @@ fuzz: ## the fuzz targets, FUZZ_SECONDS (60) each; see docs/fuzzing.md
 sanitize: ## the tests under AddressSanitizer and ThreadSanitizer; see docs/fuzzing.md
 	@scripts/setup build test
 	$(ENV) scripts/sanitize
+
+soak: build ## faults on emulated devices, every byte checked, 10 minutes; SOAK_ARGS='--minutes 1 --only errors', docs/faults.md
+	$(SOAK) $(SOAK_ARGS)
 
 bench: build bench-programs ## raw loop, ours, and Mooncake's C++ transport; BENCH_ARGS='--quick', see bench/run --help
 	bench/run --out bench/out/bench.json $(BENCH_ARGS)
