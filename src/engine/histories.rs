@@ -20,7 +20,7 @@ use super::{
     BatchId, Engine, Observer, Refusal, Registration, Request, Settings, Status, TargetId,
 };
 use crate::fabric::Memory;
-use world::{End, LOCAL_REGION, Mood, REMOTE_REGION, State, World, WorldNic};
+use world::{End, LOCAL_REGION, MET, Met, Mood, REMOTE_REGION, State, World, WorldNic};
 
 const MS: u64 = 1_000_000;
 const FOREVER: u64 = u64::MAX;
@@ -29,80 +29,52 @@ const FOREVER: u64 = u64::MAX;
 /// a history too.
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    /// What is submitted follows from the seed.
-    Submit {
-        seed: u64,
-    },
+    /// What is submitted follows from this seed.
+    Submit(u64),
     /// One operation in flight ends.
-    End {
-        which: usize,
-        end: End,
-    },
+    End(usize, End),
     /// All of them do.
-    EndAll {
-        end: End,
-    },
+    EndAll(End),
     Progress,
-    Poll {
-        rail: usize,
-    },
+    /// A rail is driven.
+    Poll(usize),
     /// Time, nanoseconds.
     Pass(u64),
-    Cancel {
-        batch: usize,
-    },
+    /// A batch is cancelled.
+    Cancel(usize),
     CancelAll,
     Expire,
-    Free {
-        batch: usize,
-    },
-    IsQuiet {
-        batch: usize,
-    },
-    Unregister {
-        region: usize,
-    },
-    Register {
-        region: usize,
-        rails: u16,
-        largest: u64,
-    },
-    Kill {
-        peer: usize,
-    },
-    /// A peer is started again, `same`: with the endpoints that it had. `told`: so are we.
+    /// A batch is freed, or that is refused.
+    Free(usize),
+    /// We ask whether a batch is quiet.
+    IsQuiet(usize),
+    /// A region is unregistered, or that is refused.
+    Unregister(usize),
+    /// A region is registered on some rails, in parts of so many cells.
+    Register(usize, u16, u64),
+    /// A peer dies.
+    Kill(usize),
+    /// A peer is started again, `same`: with the endpoints that it had, `told`: and so are we.
     Restart {
         peer: usize,
         same: bool,
         registered: [u8; 2],
         told: bool,
     },
-    /// We get a peer's descriptor.
-    Tell {
-        target: usize,
-    },
-    Close {
-        target: usize,
-    },
-    Open {
-        peer: usize,
-    },
-    WarmUp {
-        target: usize,
-    },
-    /// A peer shakes hands with us.
-    Admit {
-        rail: usize,
-        peer: usize,
-    },
-    Mood {
-        rail: usize,
-        mood: Mood,
-    },
-    AgainFor {
-        rail: usize,
-        process: Option<u32>,
-    },
+    /// A target's descriptor comes.
+    Tell(usize),
+    /// A target is closed.
+    Close(usize),
+    /// A peer's segment is opened.
+    Open(usize),
+    /// A target's connections are made.
+    WarmUp(usize),
+    /// A rail gets to know a peer.
+    Admit(usize, usize),
+    /// A rail's NIC changes.
+    Mood(usize, Mood),
+    /// A rail's NIC takes no posts for one peer.
+    AgainFor(usize, Option<u32>),
 }
 
 #[derive(Clone, Debug)]
@@ -156,49 +128,48 @@ impl Step {
     fn random(rng: &mut Rng) -> Self {
         let any = |rng: &mut Rng| rng.usize(..1 << 16);
         match rng.u8(..100) {
-            0..22 => Self::Submit { seed: rng.u64(..) },
-            22..50 => Self::End { which: any(rng), end: end(rng) },
-            50..53 => Self::EndAll { end: end(rng) },
+            0..22 => Self::Submit(rng.u64(..)),
+            22..50 => Self::End(any(rng), end(rng)),
+            50..53 => Self::EndAll(end(rng)),
             53..59 => Self::Progress,
-            59..62 => Self::Poll { rail: any(rng) },
+            59..62 => Self::Poll(any(rng)),
             62..70 => Self::Pass(match rng.u8(..10) {
                 0..6 => rng.u64(..5 * MS),
                 6..9 => rng.u64(..200 * MS),
                 _ => rng.u64(..6000 * MS),
             }),
-            70..72 => Self::Cancel { batch: any(rng) },
+            70..72 => Self::Cancel(any(rng)),
             72 => Self::CancelAll,
             73 => Self::Expire,
-            74..78 => Self::Free { batch: any(rng) },
-            78..80 => Self::IsQuiet { batch: any(rng) },
-            80..82 => Self::Unregister { region: any(rng) },
-            82..84 => Self::Register {
-                region: any(rng),
-                rails: rng.u16(..),
-                largest: if rng.bool() { u64::MAX } else { rng.u64(32..=256) },
-            },
-            84 => Self::Kill { peer: any(rng) },
+            74..78 => Self::Free(any(rng)),
+            78..80 => Self::IsQuiet(any(rng)),
+            80..82 => Self::Unregister(any(rng)),
+            82..84 => {
+                let largest = if rng.bool() { u64::MAX } else { rng.u64(32..=256) };
+                Self::Register(any(rng), rng.u16(..), largest)
+            }
+            84 => Self::Kill(any(rng)),
             85..88 => Self::Restart {
                 peer: any(rng),
                 same: rng.u8(..4) == 0,
                 registered: [rng.u8(..), rng.u8(..)],
                 told: rng.bool(),
             },
-            88 => Self::Tell { target: any(rng) },
-            89 => Self::Close { target: any(rng) },
-            90..92 => Self::Open { peer: any(rng) },
-            92 => Self::WarmUp { target: any(rng) },
-            93 => Self::Admit { rail: any(rng), peer: any(rng) },
-            94..98 => Self::Mood {
-                rail: any(rng),
-                mood: match rng.u8(..8) {
+            88 => Self::Tell(any(rng)),
+            89 => Self::Close(any(rng)),
+            90..92 => Self::Open(any(rng)),
+            92 => Self::WarmUp(any(rng)),
+            93 => Self::Admit(any(rng), any(rng)),
+            94..98 => Self::Mood(
+                any(rng),
+                match rng.u8(..8) {
                     0..4 => Mood::Up,
                     4..6 => Mood::Again,
                     6 => Mood::Refuses(errno(rng)),
                     _ => Mood::Down,
                 },
-            },
-            _ => Self::AgainFor { rail: any(rng), process: rng.bool().then(|| rng.u32(..6)) },
+            ),
+            _ => Self::AgainFor(any(rng), rng.bool().then(|| rng.u32(..6))),
         }
     }
 }
@@ -273,7 +244,8 @@ impl<'a> History<'a> {
         history
     }
 
-    fn run(case: &'a Case) {
+    /// What was met with, by [`Met`].
+    fn run(case: &'a Case) -> [u64; MET] {
         let mut history = Self::new(case);
         for &step in &case.steps {
             history.step(step);
@@ -281,88 +253,86 @@ impl<'a> History<'a> {
         history.recover();
         history.settle();
         history.check_ended();
+        let mut met = history.world.lock().met;
+        for rail in 0..case.nics {
+            let counters = history.engine.counters(rail);
+            met[Met::Retried as usize] += counters.retried;
+            met[Met::PutOff as usize] += counters.put_off;
+        }
         history.check_works();
         history.close();
+        met
+    }
+
+    fn meet(&self, met: Met) {
+        self.world.lock().met[met as usize] += 1;
     }
 
     fn step(&mut self, step: Step) {
-        let index = |which: usize, count: usize| (count > 0).then(|| which % count.max(1));
+        let one = |which: usize, count: usize| (count > 0).then(|| which % count.max(1));
+        let (batches, targets) = (self.batches.len(), self.targets.len());
         match step {
-            Step::Submit { seed } => self.submit(Rng::with_seed(seed)),
-            Step::End { which, end } => {
+            Step::Submit(seed) => self.submit(Rng::with_seed(seed)),
+            Step::End(which, end) => {
                 let mut world = self.world.lock();
                 let total = world.in_flight();
-                if let Some(which) = index(which, total) {
+                if let Some(which) = one(which, total) {
                     world.end(which, end);
                     drop(world);
                     self.engine.progress(self.now);
                 }
             }
-            Step::EndAll { end } => self.end_all(end),
+            Step::EndAll(end) => self.end_all(end),
             Step::Progress => drop(self.engine.progress(self.now)),
-            Step::Poll { rail } => drop(self.engine.poll(rail % self.case.nics, self.now)),
+            Step::Poll(rail) => drop(self.engine.poll(rail % self.case.nics, self.now)),
             Step::Pass(nanoseconds) => {
                 self.now += nanoseconds;
                 self.engine.progress(self.now);
             }
-            Step::Cancel { batch } => {
-                if let Some(batch) = index(batch, self.batches.len()) {
+            Step::Cancel(batch) => {
+                if let Some(batch) = one(batch, batches) {
                     self.engine.cancel(self.batches[batch].id, self.now).expect("a batch");
                 }
             }
             Step::CancelAll => self.engine.cancel_all(self.now),
             Step::Expire => self.engine.expire_all(self.now),
-            Step::Free { batch } => {
-                if let Some(batch) = index(batch, self.batches.len()) {
-                    self.free(batch);
-                }
+            Step::Free(batch) => one(batch, batches).into_iter().for_each(|it| self.free(it)),
+            Step::IsQuiet(batch) => {
+                one(batch, batches).into_iter().for_each(|it| self.check_quiet(it));
             }
-            Step::IsQuiet { batch } => {
-                if let Some(batch) = index(batch, self.batches.len()) {
-                    self.check_quiet(batch);
-                }
-            }
-            Step::Unregister { region } => self.unregister(region % self.case.regions),
-            Step::Register { region, rails, largest } => {
+            Step::Unregister(region) => self.unregister(region % self.case.regions),
+            Step::Register(region, rails, largest) => {
                 self.register(region % self.case.regions, rails, largest);
             }
-            Step::Kill { peer } => self.world.lock().kill(peer % self.case.peers),
+            Step::Kill(peer) => self.world.lock().kill(peer % self.case.peers),
             Step::Restart { peer, same, registered, told } => {
                 let peer = peer % self.case.peers;
                 self.world.lock().start(peer, same, registered);
-                if told {
-                    (0..self.targets.len()).for_each(|target| {
-                        if self.targets[target].peer == peer {
-                            self.tell(target);
-                        }
-                    });
+                for target in 0..targets {
+                    if told && self.targets[target].peer == peer {
+                        self.tell(target);
+                    }
                 }
             }
-            Step::Tell { target } => {
-                if let Some(target) = index(target, self.targets.len()) {
-                    self.tell(target);
-                }
+            Step::Tell(target) => one(target, targets).into_iter().for_each(|it| self.tell(it)),
+            Step::Close(target) => {
+                one(target, targets).into_iter().for_each(|it| self.close_target(it));
             }
-            Step::Close { target } => {
-                if let Some(target) = index(target, self.targets.len()) {
-                    self.close_target(target);
-                }
-            }
-            Step::Open { peer } => self.open(peer % self.case.peers),
-            Step::WarmUp { target } => {
-                if let Some(target) = index(target, self.targets.len()) {
+            Step::Open(peer) => self.open(peer % self.case.peers),
+            Step::WarmUp(target) => {
+                if let Some(target) = one(target, targets) {
                     let warmed = self.engine.warm_up(self.targets[target].id);
                     assert!(self.targets[target].open || warmed.is_err());
                 }
             }
-            Step::Admit { rail, peer } => {
+            Step::Admit(rail, peer) => {
                 let address = self.world.lock().address(peer % self.case.peers, 0);
                 if let Some(address) = address {
                     let _ = self.engine.admit(rail % self.case.nics, &address);
                 }
             }
-            Step::Mood { rail, mood } => self.world.lock().nics[rail % self.case.nics].mood = mood,
-            Step::AgainFor { rail, process } => {
+            Step::Mood(rail, mood) => self.world.lock().nics[rail % self.case.nics].mood = mood,
+            Step::AgainFor(rail, process) => {
                 self.world.lock().nics[rail % self.case.nics].again_for = process;
             }
         }
@@ -401,6 +371,10 @@ impl<'a> History<'a> {
         match result {
             Ok(()) => self.registered[region] = false,
             Err(_) => assert!(used || !self.registered[region], "nothing uses it"),
+        }
+        drop(world);
+        if used && self.registered[region] {
+            self.meet(Met::Busy);
         }
     }
 
@@ -492,6 +466,7 @@ impl<'a> History<'a> {
                 assert_eq!(world.tasks[cookie as usize].state, State::UnderWay, "never started");
                 world.let_go(cookie);
             }
+            self.meet(Met::Refused);
             return;
         }
         match batch {
@@ -729,9 +704,9 @@ impl<'a> History<'a> {
             let peers = rail.peers(&self.engine.shared);
             let counters = rail.counters();
             let world = world.lock();
-            let nic = &world.nics[index];
             assert_eq!((counters.pending_bytes, counters.strays), (0, 0));
             assert_eq!(rail.credits(), self.case.depth, "all credits are back");
+            let nic = &world.nics[index];
             assert!(nic.regions.is_empty() && nic.flying.is_empty());
             assert_eq!(nic.known.len(), peers);
             assert!(peers <= self.case.settings.keep_peers, "{peers} peers are left");
@@ -748,7 +723,7 @@ thread_local! {
 }
 
 /// What went wrong in a history, if something did.
-fn attempt(case: &Case) -> Result<(), String> {
+fn attempt(case: &Case) -> Result<[u64; MET], String> {
     PANIC.set(Some(String::new()));
     let result = catch_unwind(AssertUnwindSafe(|| History::run(case)));
     let panic = PANIC.take().unwrap_or_default();
@@ -791,6 +766,7 @@ fn random_histories() {
     let count = setting("MEFA_HISTORIES").unwrap_or(20_000);
     let next = AtomicU64::new(first);
     let failed = Mutex::new(None);
+    let met: [AtomicU64; MET] = Default::default();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
@@ -801,9 +777,14 @@ fn random_histories() {
                         break;
                     }
                     let case = Case::new(seed);
-                    if attempt(&case).is_err() {
-                        stop.store(true, Ordering::Relaxed);
-                        failed.lock().get_or_insert(case);
+                    match attempt(&case) {
+                        Ok(more) => met.iter().zip(more).for_each(|(sum, more)| {
+                            sum.fetch_add(more, Ordering::Relaxed);
+                        }),
+                        Err(_) => {
+                            stop.store(true, Ordering::Relaxed);
+                            failed.lock().get_or_insert(case);
+                        }
                     }
                 }
             });
@@ -817,4 +798,7 @@ fn random_histories() {
         let settings = Case { steps: Vec::new(), ..case.clone() };
         panic!("MEFA_SEED={seed} fails: {why}\n{settings:?}{steps}");
     }
+    let met = met.map(AtomicU64::into_inner);
+    println!("{count} histories, in which: {:?}", Met::ALL.iter().zip(met).collect::<Vec<_>>());
+    assert!(count < 1000 || met.iter().all(|&count| count > 0), "not much of a history");
 }

@@ -37,6 +37,45 @@ pub(super) enum End {
     FailAfterwards(i32),
 }
 
+/// What a history may meet with, to see that it happens.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Met {
+    Completed,
+    Failed,
+    Canceled,
+    Timeout,
+    /// A submission was refused.
+    Refused,
+    /// An operation ended after its task.
+    Late,
+    /// An operation went to a peer that is not there any more, or over a connection that broke.
+    Gone,
+    /// An operation went to a peer that was restarted with the same address.
+    WrongKey,
+    /// Memory could not be unregistered.
+    Busy,
+    Retried,
+    PutOff,
+}
+
+pub(super) const MET: usize = Met::ALL.len();
+
+impl Met {
+    pub const ALL: [Self; 11] = [
+        Self::Completed,
+        Self::Failed,
+        Self::Canceled,
+        Self::Timeout,
+        Self::Refused,
+        Self::Late,
+        Self::Gone,
+        Self::WrongKey,
+        Self::Busy,
+        Self::Retried,
+        Self::PutOff,
+    ];
+}
+
 /// One life of a peer.
 pub(super) struct Process {
     pub peer: usize,
@@ -101,6 +140,8 @@ pub(super) struct World {
     pub tasks: Vec<Task>,
     /// Those whose memory is theirs.
     pub owners: Vec<usize>,
+    /// By [`Met`].
+    pub met: [u64; MET],
     values: u32,
 }
 
@@ -126,6 +167,7 @@ impl World {
             nics: (0..nics).map(nic).collect(),
             tasks: Vec::new(),
             owners: Vec::new(),
+            met: [0; MET],
             values: 0,
         }
     }
@@ -245,6 +287,14 @@ impl World {
             );
         }
         self.tasks[cookie as usize].state = State::Ended(status);
+        let met = match status {
+            Status::Completed => Met::Completed,
+            Status::Failed => Met::Failed,
+            Status::Canceled => Met::Canceled,
+            Status::Timeout => Met::Timeout,
+            other => panic!("task {cookie} is {other:?}"),
+        };
+        self.met[met as usize] += 1;
     }
 
     /// Whether a NIC may touch the memory of a task.
@@ -322,11 +372,22 @@ impl World {
             End::Complete => 0,
             End::Fail(errno) | End::FailAfterwards(errno) => errno,
         };
+        match fate {
+            Err(PEER) => self.met[Met::Gone as usize] += 1,
+            Err(PERMANENT) => self.met[Met::WrongKey as usize] += 1,
+            _ => {}
+        }
+        let cells = self.cells(&op);
+        let late = |&owner: &usize| {
+            let task = &self.tasks[owner];
+            let overlaps = task.local.start < cells.end && cells.start < task.local.end;
+            overlaps && task.state == State::Ended(Status::Timeout)
+        };
+        self.met[Met::Late as usize] += u64::from(self.owners.iter().any(late));
         let errno = match fate {
             Ok((process, remote)) => {
                 self.check(&op, self.processes[process].peer, Some(remote), true);
                 if !matches!(end, End::Fail(_)) {
-                    let cells = self.cells(&op);
                     let there = remote..remote + cells.len();
                     let memory = &mut self.processes[process].memory[there];
                     let local = &mut self.local[cells];
