@@ -580,6 +580,7 @@ impl<N: Nic> Rail<N> {
         if now >= driver.next_scan {
             driver.next_scan = now + SCAN_EVERY;
             self.scan(&mut driver, shared, now, outcome);
+            self.tidy(&mut driver, shared);
         }
         Some(events)
     }
@@ -815,11 +816,10 @@ impl<N: Nic> Rail<N> {
             let text = "the peer's descriptor was replaced before it had answered".to_owned();
             self.refused(&span, Fault { class: Class::Peer, text }, outcome);
         });
-        self.tidy(driver, shared);
     }
 
     /// Gives up what is condemned without waiting for the next turn of its queue. If someone drives for
-    /// longer than [`SWEEP_WAIT`], it is left to him.
+    /// longer than [`SWEEP_WAIT`], it is left to him. Does not call the NIC, which may not return.
     pub fn sweep(&self, shared: &Shared, now: u64, outcome: &mut Outcome) {
         if let Some(mut driver) = self.driver.try_lock_for(SWEEP_WAIT) {
             self.scan(&mut driver, shared, now, outcome);

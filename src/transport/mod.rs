@@ -46,7 +46,7 @@ const WORTH_ASKING: u64 = 64 << 20;
 /// Bytes of a page of CUDA device memory, as other devices see it.
 const DEVICE_PAGE: u64 = 64 << 10;
 /// Peers that stay known to a NIC without an open segment: those who transfer to us have none, and their
-/// devices want to be known here. More than hosts in most clusters; 365 bytes each, and the provider's own.
+/// devices want to be known here. More than hosts in most clusters; 533 bytes each, and the provider's own.
 const KEEP_PEERS: usize = 8192;
 /// Longest wait for operations in flight when a transport is closed.
 const DRAIN: Duration = Duration::from_secs(5);
