@@ -612,6 +612,9 @@ fn judge(scenario: &Scenario, outcome: &Outcome) -> Vec<String> {
         let not = outcome.watched.failed + outcome.watched.timed_out;
         must(not == 0, format!("{not} transfers did not complete, and should have"));
     }
+    let strays = outcome.counters.get("strays").copied().unwrap_or(0);
+    let killed = scenario.kills.is_some();
+    must(killed || strays == 0, format!("{strays} completions belong to no operation"));
     if let Some(living) = &outcome.living {
         let ratio = living.ratio();
         must(

@@ -115,9 +115,9 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "lost",
-        what: "2 % of the initiator's completions are lost, the deadline is 1 s",
+        what: "2 % of completions are lost, 0.5 % of operations executed after the deadline, 1 s",
         share: 9,
-        rules: &["lose rate=2% host=0"],
+        rules: &["lose rate=2% host=0", "hold by=1500ms rate=0.5% host=0"],
         timeout_ms: 1000,
         slots: 384,
         must: Must::Explain,
@@ -158,9 +158,14 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "latency",
-        what: "50 us; 1 % of completions late by 30 ms, 0.05 % by 300 ms",
+        what: "50 us; 1 % of completions late by 30 ms, 1 % of operations by 20 ms, 0.05 % by 300 ms",
         share: 5,
-        rules: &["link latency=50us", "delay by=30ms rate=1%", "delay by=300ms rate=0.05%"],
+        rules: &[
+            "link latency=50us",
+            "delay by=30ms rate=1%",
+            "hold by=20ms rate=1%",
+            "hold by=300ms rate=0.05%",
+        ],
         ..USUAL
     },
     Scenario {
@@ -181,6 +186,7 @@ pub const SCENARIOS: &[Scenario] = &[
             "lose rate=0.05% host=0",
             "reorder rate=15%",
             "delay by=30ms rate=0.5%",
+            "hold by=20ms rate=0.5%",
             "full rate=10%",
         ],
         nics_down: true,
@@ -199,7 +205,7 @@ pub const SCENARIOS: &[Scenario] = &[
         rules: &[
             "error status=unresp rate=0.1% host=0",
             "reorder rate=5%",
-            "delay by=5ms rate=0.5%",
+            "hold by=5ms rate=0.5%",
             "full rate=5%",
         ],
         kills: Some(Kills { initiator: (1500, 3000), target: (1500, 3000) }),

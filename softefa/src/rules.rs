@@ -15,6 +15,7 @@
 //! | `error status=N` | the operation ends with EFA status N (1 to 255, or a name) and is not executed |
 //! | `lose` | it is executed, and its completion never delivered |
 //! | `delay by=D` | its completion comes late by D; of several rules the longest counts |
+//! | `hold by=D` | it is executed late by D; of several rules the longest counts |
 //! | `reorder` | it is executed later than those posted after it |
 //! | `full` | the post is refused as if the queue were full |
 //! | `rnr` | the receiver is not ready for it |
@@ -73,6 +74,11 @@ pub enum Fault {
         /// By so many nanoseconds.
         ns: u64,
     },
+    /// Executed late.
+    Hold {
+        /// By so many nanoseconds.
+        ns: u64,
+    },
     /// Executed later than those posted after it.
     Reorder,
     /// The post is refused as if the queue were full.
@@ -96,8 +102,9 @@ pub enum Fault {
     },
 }
 
-const FAULTS: [&str; 11] = [
-    "error", "lose", "delay", "reorder", "full", "rnr", "corrupt", "kill", "down", "silent", "link",
+const FAULTS: [&str; 12] = [
+    "error", "lose", "delay", "hold", "reorder", "full", "rnr", "corrupt", "kill", "down",
+    "silent", "link",
 ];
 
 impl Fault {
@@ -113,6 +120,7 @@ impl fmt::Display for Fault {
             Fault::Error { status } => write!(f, "error status={status}"),
             Fault::Lose => f.write_str("lose"),
             Fault::Delay { ns } => write!(f, "delay by={}", Duration(*ns)),
+            Fault::Hold { ns } => write!(f, "hold by={}", Duration(*ns)),
             Fault::Reorder => f.write_str("reorder"),
             Fault::Full => f.write_str("full"),
             Fault::Rnr => f.write_str("rnr"),
@@ -472,7 +480,7 @@ impl FromStr for Rule {
             "down" | "silent" => (&[], &STATE_ATTRIBUTES),
             "link" => (&["gbps", "latency"], &STATE_ATTRIBUTES),
             "error" => (&["status"], &OPERATION_ATTRIBUTES),
-            "delay" => (&["by"], &OPERATION_ATTRIBUTES),
+            "delay" | "hold" => (&["by"], &OPERATION_ATTRIBUTES),
             _ => (&[], &OPERATION_ATTRIBUTES),
         };
         if !FAULTS.contains(&name) {
@@ -485,6 +493,7 @@ impl FromStr for Rule {
         let fault = match name {
             "error" => Fault::Error { status: attributes.need("status", status)? },
             "delay" => Fault::Delay { ns: attributes.need("by", duration)? },
+            "hold" => Fault::Hold { ns: attributes.need("by", duration)? },
             "link" => {
                 let gbps = attributes.get("gbps", gbps)?;
                 let latency_ns = attributes.get("latency", duration)?;
@@ -777,6 +786,8 @@ pub struct Verdict {
     pub lose: bool,
     /// Nanoseconds by which its completion is late.
     pub delay_ns: u64,
+    /// Nanoseconds by which it is executed late.
+    pub hold_ns: u64,
     /// To be executed later than those posted after it.
     pub reorder: bool,
     /// The receiver is not ready.
@@ -930,6 +941,7 @@ impl ForQueue {
                 Fault::Error { status } => verdict.fail = verdict.fail.or(Some(status)),
                 Fault::Lose => verdict.lose = true,
                 Fault::Delay { ns } => verdict.delay_ns = verdict.delay_ns.max(ns),
+                Fault::Hold { ns } => verdict.hold_ns = verdict.hold_ns.max(ns),
                 Fault::Reorder => verdict.reorder = true,
                 Fault::Rnr => verdict.rnr = true,
                 Fault::Corrupt => verdict.corrupt = true,
@@ -1077,6 +1089,10 @@ mod tests {
             ("error status=10 at=1\nerror status=13", Verdict { fail: Some(10), ..none }),
             ("lose", Verdict { lose: true, ..none }),
             ("delay by=3us\ndelay by=5us\ndelay by=4us", Verdict { delay_ns: 5000, ..none }),
+            (
+                "hold by=3us\ndelay by=5us\nhold by=1us",
+                Verdict { delay_ns: 5000, hold_ns: 3000, ..none },
+            ),
             ("reorder", Verdict { reorder: true, ..none }),
             ("rnr", Verdict { rnr: true, ..none }),
             ("corrupt", Verdict { corrupt: true, ..none }),
@@ -1280,7 +1296,7 @@ mod tests {
         select(&FAULTS[..]).prop_flat_map(|fault| {
             let (needed, optional): (&[&str], Vec<&str>) = match fault {
                 "error" => (&["status"], OPERATION_ATTRIBUTES.into()),
-                "delay" => (&["by"], OPERATION_ATTRIBUTES.into()),
+                "delay" | "hold" => (&["by"], OPERATION_ATTRIBUTES.into()),
                 "link" => (&["gbps"], [&STATE_ATTRIBUTES[..], &["latency"]].concat()),
                 "down" | "silent" => (&[], STATE_ATTRIBUTES.into()),
                 _ => (&[], OPERATION_ATTRIBUTES.into()),
@@ -1300,7 +1316,7 @@ mod tests {
     /// A script of rules that can fire at [`HERE`] and near it.
     fn busy_script() -> impl Strategy<Value = String> {
         let what = ["error status=13", "error status=rnr", "lose", "delay by=9us", "delay by=1ms"];
-        let more = ["reorder", "rnr", "corrupt", "kill"];
+        let more = ["hold by=9us", "reorder", "rnr", "corrupt", "kill"];
         let place =
             ["", " qp=3", " qp=4", " nic=1", " host=0 nic=0-2", " peer=1", " op=write,read"];
         let when = [" rate=0.1", " rate=30%", " at=3,14,15", " every=7", " after=40 count=5"];

@@ -30,6 +30,8 @@ struct Work {
     verdict: Verdict,
     /// When it first had to wait.
     since: u64,
+    /// A rule keeps it from being executed until then; 0: none does.
+    held_until: u64,
     /// The data is where it belongs; only the notice is missing.
     moved: bool,
     length: u32,
@@ -305,6 +307,7 @@ impl Qp {
             wqe,
             verdict: Verdict::default(),
             since: 0,
+            held_until: 0,
             moved: false,
             length: 0,
             saw_rnr: false,
@@ -318,6 +321,10 @@ impl Qp {
         }
         let step = match self.check(&mut work) {
             Err(status) => Step::Done(status, 0),
+            Ok(()) if work.verdict.hold_ns > 0 => {
+                work.held_until = now() + work.verdict.hold_ns;
+                Step::Wait
+            }
             Ok(()) if work.verdict.reorder => Step::Wait,
             Ok(()) => self.step(&mut work, view),
         };
@@ -407,6 +414,13 @@ impl Qp {
         let context = self.context();
         let world = context.world;
         let dead = world.config.dead_ns;
+        if work.held_until != 0 {
+            if now() < work.held_until {
+                return Step::Wait;
+            }
+            // Only now it begins to wait for the peer.
+            (work.held_until, work.since) = (0, 0);
+        }
         let Some(peer) = context.peer(work.wqe.ah) else { return Step::Done(status::BAD_AH, 0) };
         let mut states = None;
         if let Some(view) = view {

@@ -71,6 +71,18 @@ fn a_delayed_completion_comes_after_its_time() {
 }
 
 #[test]
+fn a_held_operation_moves_its_bytes_late() {
+    let (_turn, a, b) = pair();
+    set_faults("hold by=300ms at=2");
+    let begun = Instant::now();
+    three_writes(&a, &b);
+    assert_eq!(written(&a, &b), [true, false, true]);
+    assert_eq!([a.cq.wait().id, a.cq.wait().id, a.cq.wait().id], [1, 3, 2]);
+    assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
+    assert_eq!(written(&a, &b), [true; 3]);
+}
+
+#[test]
 fn a_reordered_operation_comes_after_later_ones() {
     let (_turn, a, b) = pair();
     set_faults("reorder at=1");

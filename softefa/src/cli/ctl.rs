@@ -22,6 +22,7 @@ Faults of operations
                        bad-length, bad-addr, abort, bad-qpn, rnr, remote-bad-length, unresp, unreach
   lose                 is executed, and its completion never delivered
   delay by=D           its completion comes D later (200us, 2ms, 1s)
+  hold by=D            is executed D later: until then it moves no byte, and may do so any time
   reorder              is executed later than those posted after it
   full                 its post is refused as if the queue were full
   rnr                  the receiver is not ready
