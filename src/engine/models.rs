@@ -853,7 +853,8 @@ fn a_peer_is_known_as_long_as_it_is_used() {
         let bench = Bench::new(1);
         let batch = bench.engine.allocate_batch(1).expect("room");
         let other = spawn(&bench, |bench| {
-            bench.engine.cancel_all(0); // forgets who is not used
+            // Forgets who is not used.
+            bench.engine.rails[0].peers(&bench.engine.shared);
         });
         bench.submit(batch);
         bench.engine.remove_target(bench.target).expect("open");
@@ -861,7 +862,7 @@ fn a_peer_is_known_as_long_as_it_is_used() {
         while !bench.is_final(batch) {
             bench.engine.progress(0);
         }
-        bench.engine.cancel_all(0);
+        bench.engine.rails[0].peers(&bench.engine.shared);
         let known = bench.engine.with_nic(0, |nic| Ok(nic.peers.len()));
         assert_eq!(known.expect("a NIC"), 0);
     });
