@@ -30,6 +30,8 @@ pub struct Scenario {
     pub flat: bool,
     /// It is about [`FULL`] only.
     pub only_full: bool,
+    /// First contacts fail, and every transfer must complete all the same.
+    pub cuts_off: bool,
 }
 
 /// How long processes that are killed live at least and at most once they are ready, milliseconds.
@@ -93,6 +95,7 @@ const USUAL: Scenario = Scenario {
     causes: &[],
     flat: false,
     only_full: false,
+    cuts_off: false,
 };
 
 /// All of them, in the order in which they run.
@@ -145,6 +148,7 @@ pub const SCENARIOS: &[Scenario] = &[
         nics_down: true,
         dead_ms: 600,
         causes: CUT_OFF,
+        cuts_off: true,
         ..USUAL
     },
     Scenario {
@@ -154,6 +158,7 @@ pub const SCENARIOS: &[Scenario] = &[
         rules: &["down host=0 nic=1"],
         dead_ms: 600,
         causes: CUT_OFF,
+        cuts_off: true,
         ..USUAL
     },
     Scenario {
