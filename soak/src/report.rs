@@ -100,7 +100,7 @@ fn details(outcome: &Outcome) {
     println!("  longest stall of the pair that lives: {} ms", outcome.watched.stall_ms);
     if let Some(living) = &outcome.living {
         println!(
-            "  the pair that lives: {:.0} MB/s undisturbed; while others are killed {:.0}, in its worst second \
+            "  the pair that lives: {:.0} MB/s of busy time undisturbed; while others are killed {:.0}, in its worst second \
              {:.0} ({:.2} of the undisturbed)",
             living.undisturbed,
             living.median,

@@ -39,35 +39,27 @@ pub struct Devices {
 }
 
 impl Devices {
+    fn version(&self) -> (u32, u32) {
+        let mut numbers = self.libfabric.split('.').map(|number| number.parse().unwrap_or(0));
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+    }
+
+    /// Whether the provider makes writes of reads by the target.
+    pub fn emulates_writes(&self) -> bool {
+        self.version() < (1, 18)
+    }
+
     /// Whether posts can be refused as if the queue were full; if not, why.
     pub fn refusal(&self) -> Result<(), &'static str> {
         if self.data_path == "direct" {
             Err("where the queue is mapped into the provider, it knows itself how full it is")
-        } else if self.is_old() {
+        } else if self.version() < (1, 18) {
             Err(
                 "this libfabric counts what it posts, and takes a refusal as the end of its endpoint",
             )
         } else {
             Ok(())
         }
-    }
-
-    /// Whether a first contact that fails can be got over; if not, why.
-    pub fn first_contact(&self) -> Result<(), &'static str> {
-        if self.is_old() {
-            Err(
-                "this libfabric cannot be asked whether a peer has answered, keeps operations to one that has \
-                 not, and never gives them back",
-            )
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Before 1.18.
-    fn is_old(&self) -> bool {
-        let mut numbers = self.libfabric.split('.').map(|number| number.parse().unwrap_or(0));
-        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) < (1, 18)
     }
 }
 

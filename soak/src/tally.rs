@@ -30,6 +30,8 @@ pub struct Tally {
     pub unquiet: u64,
     /// Bytes of those completed.
     pub bytes: u64,
+    /// Time with something under way, milliseconds.
+    pub busy_ms: u64,
     /// Longest time without a completion while work was under way, milliseconds.
     pub stall_ms: u64,
 }
@@ -38,7 +40,7 @@ impl Tally {
     /// Adds another's counts; of stalls the longest counts.
     pub fn add(&mut self, other: &Self) {
         let Self { tried, completed, failed, unexplained, timed_out, canceled, .. } = *other;
-        let Self { lost, corrupted, unchecked, unquiet, bytes, stall_ms, .. } = *other;
+        let Self { lost, corrupted, unchecked, unquiet, bytes, busy_ms, stall_ms, .. } = *other;
         self.tried += tried;
         self.completed += completed;
         self.failed += failed;
@@ -50,6 +52,7 @@ impl Tally {
         self.unchecked += unchecked;
         self.unquiet += unquiet;
         self.bytes += bytes;
+        self.busy_ms += busy_ms;
         self.stall_ms = self.stall_ms.max(stall_ms);
     }
 }
@@ -69,16 +72,18 @@ impl Link {
 
     /// The counts now.
     pub fn tally(&self) -> Tally {
-        let stall = self.clock.lock().longest(Instant::now());
-        Tally { stall_ms: stall.as_millis() as u64, ..*self.tally.lock() }
+        let (clock, now) = (self.clock.lock(), Instant::now());
+        let stall_ms = clock.longest(now).as_millis() as u64;
+        let busy_ms = (clock.busy + clock.running(now)).as_millis() as u64;
+        Tally { stall_ms, busy_ms, ..*self.tally.lock() }
     }
 
     /// Stalls count from now on.
     pub fn forget_stalls(&self) {
-        let mut clock = self.clock.lock();
-        clock.longest = Duration::ZERO;
-        clock.carried = Duration::ZERO;
-        clock.since = Instant::now();
+        let (mut clock, now) = (self.clock.lock(), Instant::now());
+        let running = clock.running(now);
+        clock.busy += running;
+        (clock.longest, clock.carried, clock.since) = (Duration::ZERO, Duration::ZERO, now);
     }
 
     /// So many transfers are started.
@@ -97,6 +102,8 @@ struct StallClock {
     under_way: u64,
     /// Since when: the last completion, or the start of the first.
     since: Instant,
+    /// Time with something under way, before that.
+    busy: Duration,
     /// What had passed without one when nothing was under way any more.
     carried: Duration,
     longest: Duration,
@@ -104,8 +111,8 @@ struct StallClock {
 
 impl Default for StallClock {
     fn default() -> Self {
-        let (carried, longest) = (Duration::ZERO, Duration::ZERO);
-        Self { under_way: 0, since: Instant::now(), carried, longest }
+        let zero = Duration::ZERO;
+        Self { under_way: 0, since: Instant::now(), busy: zero, carried: zero, longest: zero }
     }
 }
 
@@ -118,19 +125,20 @@ impl StallClock {
     }
 
     fn end(&mut self, count: u64, completed: bool, now: Instant) {
-        if completed {
-            self.longest = self.longest(now);
-            (self.carried, self.since) = (Duration::ZERO, now);
-        }
+        self.longest = self.longest(now);
+        let running = self.running(now);
+        self.busy += running;
+        self.carried = if completed { Duration::ZERO } else { self.carried + running };
+        self.since = now;
         self.under_way = self.under_way.saturating_sub(count);
-        if self.under_way == 0 {
-            self.carried += now - self.since;
-        }
+    }
+
+    fn running(&self, now: Instant) -> Duration {
+        if self.under_way > 0 { now - self.since } else { Duration::ZERO }
     }
 
     fn longest(&self, now: Instant) -> Duration {
-        let running = if self.under_way > 0 { now - self.since } else { Duration::ZERO };
-        self.longest.max(self.carried + running)
+        self.longest.max(self.carried + self.running(now))
     }
 }
 
@@ -154,5 +162,6 @@ mod tests {
         assert_eq!(clock.longest(at(30)).as_secs(), 5);
         clock.start(1, at(40));
         assert_eq!(clock.longest(at(42)).as_secs(), 5);
+        assert_eq!((clock.busy + clock.running(at(42))).as_secs(), 3 + 2 + 2);
     }
 }
