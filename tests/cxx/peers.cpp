@@ -270,14 +270,20 @@ protected:
             EXPECT_EQ(state.bytes, 0u);
             EXPECT_NE(must(batch.task_error(0)), "");
             EXPECT_TRUE(must(batch.quiet()));
-            EXPECT_EQ(total(own, &mefa_nic_stats::failed), 1u);
+            // tcp only closes the connection, which could be anybody's fault: it is tried again.
+            EXPECT_GE(total(own, &mefa_nic_stats::failed), 1u);
         }
     }
-    // Ours, too, hits one; then good transfers go on, once the connection that it cost is made again.
+    // Ours, too, hits one; then good transfers go on, once the connection that it cost is made again. Until then
+    // they may be refused: the peer could not be reached, as far as tcp tells.
     void goes_on(mefa::Segment &bad, std::uint64_t there, mefa::Segment &good) {
         EXPECT_EQ(run(*transport, bad.write(memory.data(), there, 65536)), MEFA_STATUS_FAILED);
         memory.fill(0, MiB, 3, 0);
-        EXPECT_TRUE(eventually([&] { return run(*transport, good.write(memory.data(), target->base(), MiB)) == MEFA_STATUS_COMPLETED; }));
+        EXPECT_TRUE(eventually([&] {
+            auto batch = must(transport->batch(1));
+            if (!batch.submit(good.write(memory.data(), target->base(), MiB), LONG)) return false;
+            return must(batch.wait(2 * LONG)) == MEFA_STATUS_COMPLETED;
+        }));
         EXPECT_TRUE(target->is(0, MiB, 3));
     }
     // What shm does instead (libfabric 1.17): it reads by address, whatever the key; and a write that the
