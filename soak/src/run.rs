@@ -716,9 +716,11 @@ mod tests {
 
     #[test]
     fn one_second_without_a_byte_is_starvation() {
-        let curve: Vec<(u64, u64)> = (0..20)
-            .map(|second| {
-                (second * 1000, 100_000_000 * if second < 12 { second } else { second - 1 })
+        let curve: Vec<Point> = (0..20)
+            .map(|second| Point {
+                at_ms: second * 1000,
+                busy_ms: second * 1000,
+                bytes: 100_000_000 * if second < 12 { second } else { second - 1 },
             })
             .collect();
         let living = living(&curve, 5).expect("both parts have seconds");
