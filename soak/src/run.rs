@@ -695,7 +695,9 @@ mod tests {
             |it| it.hung = 1,
             |it| it.crashed = 1,
             |it| it.watched.failed = 1,
-            |it| drop(it.counters.insert("strays".into(), 1)),
+            |it| {
+                it.counters.insert("strays".into(), 1);
+            },
             |it| it.watched.timed_out = 1,
         ];
         for (at, make_bad) in bad.into_iter().enumerate() {
