@@ -95,6 +95,8 @@ static struct {
     char **devices; /* of each loop; NULL: the provider's first */
     size_t loops;
     bool delivery;
+    const char *fabric; /* of the initiator, where the provider is efa */
+    size_t more;        /* posts a doorbell, where that can be asked for */
     bool json;
 } opt = {
     .provider = "shm",
@@ -105,6 +107,8 @@ static struct {
     .devices = (char *[]){NULL},
     .loops = 1,
     .delivery = true,
+    .fabric = "efa",
+    .more = 1,
 };
 
 static void usage(int status) {
@@ -118,6 +122,8 @@ static void usage(int status) {
             "  --buffer BYTES       memory that a loop's operations walk through (67108864)\n"
             "  --devices A[,B,...]  domains; one loop on each, all at the same time (the first)\n"
             "  --complete delivery|transmit   when a write counts as done (delivery)\n"
+            "  --fabric NAME        the initiator's, with provider efa: efa or efa-direct (efa)\n"
+            "  --more N             FI_MORE on all but each Nth post and the last before a poll (1)\n"
             "  --json               one JSON object instead of a line of text\n");
     exit(status);
 }
@@ -141,6 +147,7 @@ static void parse(int argc, char **argv) {
         {"size", required_argument, NULL, 's'},     {"window", required_argument, NULL, 'w'},
         {"duration", required_argument, NULL, 'd'}, {"buffer", required_argument, NULL, 'b'},
         {"devices", required_argument, NULL, 'D'},  {"complete", required_argument, NULL, 'c'},
+        {"fabric", required_argument, NULL, 'f'},   {"more", required_argument, NULL, 'm'},
         {"json", no_argument, NULL, 'j'},           {"help", no_argument, NULL, 'h'},
         {0},
     };
@@ -163,6 +170,8 @@ static void parse(int argc, char **argv) {
                 die("--complete: delivery or transmit");
             opt.delivery = !strcmp(optarg, "delivery");
             break;
+        case 'f': opt.fabric = optarg; break;
+        case 'm': opt.more = number(optarg, "more", SIZE_MAX); break;
         case 'j': opt.json = true; break;
         case 'h': usage(0); break;
         default: usage(2);
@@ -198,7 +207,7 @@ struct hello {
     unsigned char address[512];
 };
 
-static struct fi_info *get_info(const char *provider, const char *device) {
+static struct fi_info *get_info(const char *provider, const char *device, const char *fabric) {
     struct fi_info *hints = fi_allocinfo();
     if (!hints)
         die("fi_allocinfo: out of memory");
@@ -211,8 +220,8 @@ static struct fi_info *get_info(const char *provider, const char *device) {
     hints->domain_attr->av_type = FI_AV_TABLE;
     hints->tx_attr->op_flags = opt.delivery ? FI_DELIVERY_COMPLETE : FI_TRANSMIT_COMPLETE;
     hints->fabric_attr->prov_name = strdup(provider);
-    /* efa has two; a target on efa-direct must know its initiators, and ours uses this one. */
-    if (strcmp(provider, "efa") == 0) hints->fabric_attr->name = strdup("efa");
+    if (strcmp(provider, "efa") == 0)
+        hints->fabric_attr->name = strdup(fabric);
     hints->domain_attr->name = device ? strdup(device) : NULL;
 
     /* The older of what we were compiled against and what is loaded: both understand that. */
@@ -234,10 +243,12 @@ static struct fi_info *get_info(const char *provider, const char *device) {
 }
 
 static void open_side(struct side *s, const char *device, bool target) {
-    s->info = get_info(opt.provider, device);
+    /* The target's is the one that C++ peers know. */
+    const char *fabric = target ? "efa" : opt.fabric;
+    s->info = get_info(opt.provider, device, fabric);
     if (!s->info && !strcmp(opt.provider, "tcp")) {
         /* Before 1.18 the tcp provider had no RDM endpoints of its own. */
-        s->info = get_info("tcp;ofi_rxm", device);
+        s->info = get_info("tcp;ofi_rxm", device, fabric);
     }
     if (!s->info)
         die("provider '%s' with reliable datagrams and RMA%s%s not found%s",
@@ -384,7 +395,9 @@ static void run_target(int fd, pid_t parent) {
         insert(&sides[i], &initiator);
     }
 
-    uint64_t word;
+    /* An initiator on efa-direct may start only when its address is known here. */
+    uint64_t word = 0;
+    put(fd, &word, sizeof(word));
     get_polling(fd, &word, sizeof(word), sides); /* the warm-up is over */
     double cpu = seconds_of(CLOCK_PROCESS_CPUTIME_ID);
     uint64_t *touched = allocate(opt.loops, sizeof(*touched));
@@ -438,15 +451,28 @@ static void reap(struct loop *l) {
     l->done += n;
 }
 
-static bool post(struct loop *l) {
+/* With `more`, the next post follows before anything is polled. */
+static bool post(struct loop *l, bool more) {
     struct slot *slot = l->free;
     struct side *s = &l->side;
     unsigned char *local = s->buffer + l->offset;
     uint64_t remote = l->base + l->offset;
-    ssize_t ret = opt.read ? fi_read(s->ep, local, opt.size, s->desc, l->peer, remote, l->key,
-                                     &slot->context)
-                           : fi_write(s->ep, local, opt.size, s->desc, l->peer, remote, l->key,
-                                      &slot->context);
+    ssize_t ret;
+    if (opt.more > 1) {
+        struct iovec iov = {.iov_base = local, .iov_len = opt.size};
+        struct fi_rma_iov rma = {.addr = remote, .len = opt.size, .key = l->key};
+        struct fi_msg_rma msg = {.msg_iov = &iov, .desc = &s->desc, .iov_count = 1,
+                                 .addr = l->peer, .rma_iov = &rma, .rma_iov_count = 1,
+                                 .context = &slot->context};
+        uint64_t flags = FI_COMPLETION | (more ? FI_MORE : 0);
+        if (!opt.read)
+            flags |= opt.delivery ? FI_DELIVERY_COMPLETE : FI_TRANSMIT_COMPLETE;
+        ret = opt.read ? fi_readmsg(s->ep, &msg, flags) : fi_writemsg(s->ep, &msg, flags);
+    } else if (opt.read) {
+        ret = fi_read(s->ep, local, opt.size, s->desc, l->peer, remote, l->key, &slot->context);
+    } else {
+        ret = fi_write(s->ep, local, opt.size, s->desc, l->peer, remote, l->key, &slot->context);
+    }
     if (ret == -FI_EAGAIN)
         return false;
     check(ret, opt.read ? "fi_read" : "fi_write");
@@ -471,11 +497,11 @@ static void warm_up(struct loop *l) {
         l->slots[i].next = l->free;
         l->free = &l->slots[i];
     }
-    while (!post(l))
+    while (!post(l, false))
         reap(l);
     drain(l);
     while (l->done < opt.window + 1) {
-        if (!l->free || !post(l))
+        if (!l->free || !post(l, false))
             reap(l);
     }
     drain(l);
@@ -485,8 +511,9 @@ static void *run_loop(void *loop) {
     struct loop *l = loop;
     pthread_barrier_wait(&begin);
     do {
-        while (l->free && post(l))
-            ;
+        size_t posts = 1;
+        while (l->free && post(l, posts % opt.more && l->free->next))
+            posts++;
         reap(l);
     } while (seconds_of(CLOCK_MONOTONIC) < end);
     drain(l);
@@ -542,6 +569,8 @@ static void run_initiator(int fd) {
         l->key = target.key;
         l->base = target.base;
     }
+    uint64_t word;
+    get(fd, &word, sizeof(word)); /* the target knows us */
     uint64_t *operations = allocate(opt.loops, sizeof(*operations));
     uint64_t *touched = allocate(opt.loops, sizeof(*touched));
     for (size_t i = 0; i < opt.loops; i++) {
@@ -555,7 +584,6 @@ static void run_initiator(int fd) {
         if (error)
             die("pthread_create: %s", strerror(error));
     }
-    uint64_t word = 0;
     put(fd, &word, sizeof(word));
     double cpu = seconds_of(CLOCK_PROCESS_CPUTIME_ID), start = seconds_of(CLOCK_MONOTONIC);
     end = start + opt.duration;
