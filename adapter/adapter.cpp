@@ -75,8 +75,11 @@ void finished(void *host, const mefa_completion *completions, std::size_t count)
 
 } // namespace
 
-Adapter::~Adapter() {
-    if (transport_ != 0) mefa_uninstall(transport_);
+bool Adapter::close() {
+    // Its number is no transport's any more, if this is not the first time.
+    const int code = transport_ == 0 ? 0 : checked(mefa_uninstall(transport_));
+    if (code == MEFA_CODE_BUSY) told("something stays behind", code);
+    return code != MEFA_CODE_BUSY;
 }
 
 int Adapter::install(const std::string &server_name, const std::string &topology_json) {

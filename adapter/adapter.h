@@ -81,13 +81,15 @@ inline std::uint16_t status_of(int code) {
 // What fails goes to the log too, in one line.
 class Adapter {
 public:
-    // The host must outlive it.
+    // The host must outlive it, and those who are inside after close(): see `end`.
     explicit Adapter(Host &host) : host_(host) {}
-    // Ends what is under way. No call of the host comes afterwards.
-    ~Adapter();
+    ~Adapter() { close(); }
     Adapter(const Adapter &) = delete;
     Adapter &operator=(const Adapter &) = delete;
 
+    // Ends what is under way; seconds, if it does not come back. No callback begins afterwards. False if threads
+    // are still inside after all, which may be in a method of the host's.
+    bool close();
     // topology_json: Mooncake's priority matrix, whose NICs are used.
     int install(const std::string &server_name, const std::string &topology_json);
     // Publishes the local segment as it is now.
@@ -148,6 +150,12 @@ private:
     std::shared_mutex mutex_;
     std::unordered_map<std::uint64_t, Known> known_;
 };
+
+// Ends a host, whose member `adapter` is, by its last owner. If threads are still inside it stays for ever, with all
+// that it holds.
+template <class Owner> void end(Owner owner) {
+    if (owner != nullptr && !owner->adapter.close()) new Owner(std::move(owner));
+}
 
 // Sends log lines, the library's and ours, to `sink`, for good.
 void log_to(void (*sink)(int level, const char *text) noexcept);

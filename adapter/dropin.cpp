@@ -141,13 +141,18 @@ public:
     Adapter adapter;
 };
 
+static void end_all(std::vector<std::shared_ptr<EfaContext>> &contexts) {
+    for (auto &context : contexts) adapter::end(std::move(context));
+    contexts.clear();
+}
+
 EfaTransport::EfaTransport() {
     LOG(INFO) << "[EFA] AWS Elastic Fabric Adapter transport initialized (mooncake-efa " << mefa_version()
               << ")";
 }
 
 EfaTransport::~EfaTransport() {
-    context_list_.clear();
+    end_all(context_list_);
     if (metadata_) metadata_->removeSegmentDesc(local_server_name_);
     batch_desc_set_.clear();
 }
@@ -167,7 +172,7 @@ int EfaTransport::install(std::string &local_server_name, std::shared_ptr<Transf
     if (code == 0) code = startHandshakeDaemon(local_server_name);
     // Advertised last: from then on peers may call.
     if (code == 0) code = context_list_.front()->adapter.publish(true);
-    if (code != 0) context_list_.clear();
+    if (code != 0) end_all(context_list_);
     return code;
 }
 

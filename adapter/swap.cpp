@@ -401,8 +401,10 @@ std::unique_ptr<Installed> take(const void *self) {
 
 // Ends what is ours of an object; the module that has the rest.
 const Module &end(const void *self, const void *caller) {
-    const std::unique_ptr<Installed> one = take(self);
-    return one ? one->module : module_of(caller);
+    std::unique_ptr<Installed> one = take(self);
+    const Module &module = one ? one->module : module_of(caller);
+    adapter::end(std::move(one));
+    return module;
 }
 
 bool forget_refused(const void *self) {
@@ -457,7 +459,7 @@ int install(void *self, std::string &name, Shared metadata, Shared topology, Mod
     code = module.start_handshakes(self, name);
     if (code != 0) to_log(1, ("handshakes cannot be received (" + std::to_string(code) + ")").c_str());
     if (code == 0) code = raw->adapter.publish(true);
-    if (code != 0) take(self);
+    if (code != 0) adapter::end(take(self));
     return code;
 }
 

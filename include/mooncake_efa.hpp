@@ -323,7 +323,7 @@ public:
     }
     Result<std::string> stats_json() const { return detail::text(mefa_stats_json, raw()); }
 private:
-    struct End { // If other threads are still inside, callbacks may still come: then they are kept for ever.
+    struct End { // If a callback may still be at work, it keeps what it has, for ever.
         int operator()(Config *host) const noexcept {
             const int code = mefa_uninstall(host != nullptr ? host->raw_ : 0);
             if (code != MEFA_CODE_BUSY) delete host;

@@ -292,7 +292,8 @@ impl Host for CHost {
 /// callback.
 ///
 /// Errors: MEFA_CODE_INVALID_ARGUMENT for an unknown transport; MEFA_CODE_BUSY if other threads do not leave
-/// within 10 seconds, or the provider does not return to us within 10, or a callback that has begun within 5.
+/// within 10 seconds, or the provider does not return to ours, or from closing its devices, within 10 each, or a
+/// callback that has begun within 5.
 /// What they are in is closed when they leave; until then they use registered memory, and the context of a
 /// callback that has begun, so neither may go away.
 #[unsafe(no_mangle)]

@@ -1,7 +1,7 @@
 //! libfabric's objects. Each holds what it was made from, so it closes before it.
 
 use std::cell::UnsafeCell;
-use std::ffi::{CStr, c_int, c_void};
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::os::fd::RawFd;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
@@ -708,6 +708,19 @@ impl Endpoint {
         };
         done(lib, Code::Endpoint, "fi_enable", ret)?;
         Ok(endpoint)
+    }
+
+    /// Gives it an address of our choice, for a provider whose addresses are texts; false if it does not take it.
+    pub fn set_address(&self, address: &str) -> bool {
+        let Ok(address) = CString::new(address) else { return false };
+        // SAFETY: the endpoint is open; the text and its length, with the NUL, belong together.
+        let ret: c_int = unsafe {
+            let ep = self.bound.raw.as_ptr();
+            let length = address.as_bytes_with_nul().len();
+            // It is only read, though not declared so.
+            call!(ep, cm.setname(&raw mut (*ep).fid, address.as_ptr().cast_mut().cast(), length))
+        };
+        ret == 0
     }
 
     /// Sets `FI_OPT_SHARED_MEMORY_PERMITTED`; false if the provider does not know the option.

@@ -1,6 +1,8 @@
 //! One network device: its endpoint, peers and registered memory.
 #![forbid(unsafe_code)]
 
+mod shm;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -145,10 +147,17 @@ impl FabricNic {
             }
             let context_bits = depth.next_power_of_two().ilog2();
             let contexts = (GENERATIONS << context_bits) as usize;
+            let is_shm = info.provider() == "shm";
+            if is_shm {
+                shm::clean();
+            }
             let configure = |endpoint: &Endpoint| {
                 // Keep transfers on the device; providers without these options refuse them.
                 endpoint.set_shared_memory(false);
                 endpoint.set_cuda_api(false);
+                if is_shm {
+                    shm::name().map(|name| endpoint.set_address(&name));
+                }
             };
             let endpoint =
                 Endpoint::open(&info, &queue, &addresses, events.as_ref(), contexts, configure)?;

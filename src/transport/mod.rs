@@ -51,7 +51,7 @@ const KEEP_PEERS: usize = 8192;
 /// Longest wait for operations in flight when a transport is closed.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Longest wait after that for the provider to return to our threads, and again for it to close its devices.
-const RETURN: Duration = Duration::from_secs(5);
+const RETURN: Duration = Duration::from_secs(10);
 /// Longest wait of [`Transport::unregister`] for transfers that use the memory: far more than a healthy network
 /// needs to give back what it has, and no longer than a caller who only wants to be rid of it will bear.
 const UNREGISTER: Duration = Duration::from_secs(5);
@@ -282,8 +282,8 @@ impl Transport {
     /// everything.
     ///
     /// # Errors
-    /// [`Code::Busy`] if the provider does not return from a call within 5 seconds more, or from closing its
-    /// devices in another 5: then what is registered, and the observer, stay in use until it does.
+    /// [`Code::Busy`] if the provider does not return from a call within 10 seconds more, or from closing its
+    /// devices in another 10: then what is registered, and the observer, stay in use until it does.
     pub fn close(mut self) -> Result<()> {
         self.end()
     }

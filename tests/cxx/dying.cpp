@@ -141,6 +141,44 @@ TEST_P(Dying, AndNobodyWaits) {
     EXPECT_LT(std::chrono::steady_clock::now() - start, 30s);
 }
 
+// With shm, processes leave files behind when they are killed.
+class Left : public Dying {};
+OVER(Left, "shm");
+
+// One that had the number that we have now.
+TEST_P(Left, ByAFormerProcessOfOurNumber) {
+    auto transport = install();
+    const auto own = shm_files(getpid());
+    ASSERT_EQ(own.size(), 1u);
+    // Under the names that libfabric would give the next endpoints.
+    std::vector<std::filesystem::path> left;
+    for (int i = 0; i < 10; ++i) {
+        left.push_back("/dev/shm/" + std::to_string(getpid()) + ":" + std::to_string(getuid()) + ":" + std::to_string(i));
+        std::filesystem::copy_file(own[0], left.back());
+    }
+    Memory memory(4 * MiB);
+    auto registered = must(transport.register_memory(memory.data(), memory.size()));
+    serves_others(transport, memory);
+    serves_others_after(transport, memory);
+    for (const auto &file : left) EXPECT_TRUE(std::filesystem::remove(file)); // not ours to touch
+}
+
+// They are removed by the next to come.
+TEST_P(Left, IsRemoved) {
+    Target target(provider(), MiB), survivor(provider(), MiB, 1, "there:2");
+    const auto left = shm_files(target.process()), used = shm_files(survivor.process());
+    ASSERT_EQ(left.size(), 1u);
+    ASSERT_EQ(used.size(), 1u);
+    kill(target.process(), SIGKILL); // and nobody has waited for it yet
+    ASSERT_TRUE(eventually([&] { install(); return !std::filesystem::exists(left[0]); }));
+    EXPECT_TRUE(std::filesystem::exists(used[0]));
+    Memory memory(4 * MiB);
+    auto transport = install();
+    auto registered = must(transport.register_memory(memory.data(), memory.size()));
+    auto to = must(transport.open_json(survivor.descriptor()));
+    EXPECT_EQ(run(transport, to.write(memory.data(), survivor.base(), MiB)), MEFA_STATUS_COMPLETED);
+}
+
 // A new process under the old name: with its descriptor, transfers go to it.
 TEST_P(Dying, AndComingBack) {
     Memory memory(4 * MiB);

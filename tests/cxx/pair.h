@@ -14,6 +14,7 @@
 #include <cinttypes>
 #include <csignal>
 #include <fcntl.h>
+#include <filesystem>
 #include <iostream>
 #include <poll.h>
 #include <stdexcept>
@@ -53,6 +54,14 @@ private:
     unsigned char *data_;
     std::uint64_t length_;
 };
+
+// What a process's endpoints of the provider shm have in the file system, and leave there if it is killed.
+inline std::vector<std::filesystem::path> shm_files(pid_t process) {
+    std::vector<std::filesystem::path> files;
+    for (const auto &entry : std::filesystem::directory_iterator("/dev/shm"))
+        if (entry.path().filename().string().rfind(std::to_string(process) + ":", 0) == 0) files.push_back(entry.path());
+    return files;
+}
 
 // The other process. Whatever it does wrong ends the test by an exception.
 class Target {
@@ -125,11 +134,10 @@ public:
         if (process_ <= 0) return;
         ::kill(process_, SIGKILL);
         waitpid(process_, nullptr, 0);
-        // What the provider shm leaves behind then.
-        const std::string left = "/dev/shm/" + std::to_string(process_) + ":0:0";
-        unlink(left.c_str());
+        for (const auto &left : shm_files(process_)) std::filesystem::remove(left);
         process_ = -1;
     }
+    pid_t process() const { return process_; }
 
 private:
     static std::string three(std::uint64_t a, std::uint64_t b, std::uint64_t c) {
