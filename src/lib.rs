@@ -5,6 +5,8 @@
 //! [`engine`] (batches, requests, slices) → `nic` (one network device) → `fabric` (libfabric).
 #![deny(unsafe_code)]
 
+pub mod boundary;
+#[cfg(feature = "capi")]
 pub mod capi;
 pub mod config;
 pub mod engine;

@@ -6,7 +6,7 @@ use std::sync::Once;
 use arc_swap::ArcSwapOption;
 use log::{LevelFilter, Log, Metadata, Record};
 
-use super::boundary::Context;
+use super::Context;
 use super::types::mefa_log_fn;
 
 struct Sink {

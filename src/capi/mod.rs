@@ -3,16 +3,17 @@
 //! Each checks its pointers, converts, makes one call into [`crate::transport`] and maps the error.
 #![allow(unsafe_code)]
 
-mod boundary;
 mod log;
 pub mod types;
 
+use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::{ArcSwapOption, Guard};
 
+use crate::boundary::{array, caught, check_out, optional_string, put, sized, string};
 use crate::config::Config;
 use crate::engine::{BatchId, Finished, Request, Table, TargetId};
 use crate::error::{Code, Error, Result};
@@ -20,11 +21,30 @@ use crate::fabric::Memory;
 use crate::segment::{Buffer, Device, Handshake, Segment};
 use crate::topology::Topology;
 use crate::transport::{Host, Options, Transport, in_time};
-use boundary::{
-    Context, array, boundary, check_out, last_error, optional_string, put, sized, string,
-};
 #[allow(clippy::wildcard_imports)]
 use types::*;
+
+thread_local! {
+    static LAST_ERROR: RefCell<CString> = RefCell::default();
+}
+
+/// Runs `f`; its error becomes the return code and this thread's last error.
+fn boundary(f: impl FnOnce() -> Result<()>) -> c_int {
+    let Err(error) = caught(f) else { return 0 };
+    let text = CString::new(error.text.replace('\0', " ")).unwrap_or_default();
+    // Not there while a thread ends; the code says enough then.
+    let _ = LAST_ERROR.try_with(|last| last.replace(text));
+    error.code as c_int
+}
+
+/// A pointer that is the caller's business: handed back to his callbacks.
+#[derive(Clone, Copy)]
+pub struct Context(*mut c_void);
+
+// SAFETY: we only hand the pointer back; the documentation of every callback says on which threads.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
 
 /// Longest wait for other threads to leave a transport that is being uninstalled.
 const LEAVE: Duration = Duration::from_secs(10);
@@ -100,7 +120,7 @@ pub extern "C" fn mefa_version() -> *const c_char {
 /// that is known. Empty if there was none. Valid until this thread's next failing call. Never fails.
 #[unsafe(no_mangle)]
 pub extern "C" fn mefa_last_error() -> *const c_char {
-    last_error()
+    LAST_ERROR.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
 }
 
 /// Sends the library's log lines to `function` (with `context`), or back to standard error if it is NULL.

@@ -929,7 +929,7 @@ fn join_in_time(threads: &mut Vec<JoinHandle<()>>) -> bool {
 }
 
 /// Waits until `done`; false if that takes longer than `most`.
-pub(crate) fn in_time(most: Duration, done: impl Fn() -> bool) -> bool {
+pub fn in_time(most: Duration, done: impl Fn() -> bool) -> bool {
     let limit = Instant::now() + most;
     loop {
         // Long waits are rare, and must not cost a core.

@@ -1,20 +1,15 @@
-//! What every function of the C door does at the boundary: catch panics, keep the last error, turn
-//! pointers into Rust values or refuse them.
+//! What the functions of a C door do at the boundary: catch panics, turn pointers into Rust values or refuse
+//! them.
+#![allow(unsafe_code)]
 
-use std::cell::RefCell;
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::{Code, Error, Result};
 
-thread_local! {
-    static LAST_ERROR: RefCell<CString> = RefCell::default();
-}
-
-/// Runs `f`; its error becomes the return code and this thread's last error. A panic is a bug of
-/// ours: it becomes [`Code::Internal`].
-pub(super) fn boundary(f: impl FnOnce() -> Result<()>) -> c_int {
-    let result = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+/// Runs `f`. A panic is a bug of ours: it becomes [`Code::Internal`].
+pub fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
         let what = panic
             .downcast_ref::<&str>()
             .map(|text| (*text).to_owned())
@@ -22,22 +17,7 @@ pub(super) fn boundary(f: impl FnOnce() -> Result<()>) -> c_int {
             .unwrap_or_default();
         log::error!("internal error: {what}");
         Err(Error::new(Code::Internal, format!("internal error, please report it: {what}")))
-    });
-    match result {
-        Ok(()) => 0,
-        Err(error) => {
-            let code = error.code as c_int;
-            let text = CString::new(error.text.replace('\0', " ")).unwrap_or_default();
-            // Not there while a thread ends; the code says enough then.
-            let _ = LAST_ERROR.try_with(|last| last.replace(text));
-            code
-        }
-    }
-}
-
-/// The pointer that `mefa_last_error` returns.
-pub(super) fn last_error() -> *const c_char {
-    LAST_ERROR.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
+    })
 }
 
 fn null(name: &str) -> Error {
@@ -48,7 +28,7 @@ fn null(name: &str) -> Error {
 ///
 /// # Safety
 /// `text` is NULL or a NUL-terminated string that lives for `'a`.
-pub(super) unsafe fn string<'a>(text: *const c_char, name: &str) -> Result<&'a str> {
+pub unsafe fn string<'a>(text: *const c_char, name: &str) -> Result<&'a str> {
     // SAFETY: passed on.
     unsafe { optional_string(text, name) }?.ok_or_else(|| null(name))
 }
@@ -57,10 +37,7 @@ pub(super) unsafe fn string<'a>(text: *const c_char, name: &str) -> Result<&'a s
 ///
 /// # Safety
 /// As [`string`].
-pub(super) unsafe fn optional_string<'a>(
-    text: *const c_char,
-    name: &str,
-) -> Result<Option<&'a str>> {
+pub unsafe fn optional_string<'a>(text: *const c_char, name: &str) -> Result<Option<&'a str>> {
     if text.is_null() {
         return Ok(None);
     }
@@ -73,7 +50,7 @@ pub(super) unsafe fn optional_string<'a>(
 ///
 /// # Safety
 /// `items` is NULL or points to `count` valid items that live for `'a`.
-pub(super) unsafe fn array<'a, T>(items: *const T, count: usize, name: &str) -> Result<&'a [T]> {
+pub unsafe fn array<'a, T>(items: *const T, count: usize, name: &str) -> Result<&'a [T]> {
     if count == 0 {
         return Ok(&[]);
     }
@@ -91,7 +68,7 @@ pub(super) unsafe fn array<'a, T>(items: *const T, count: usize, name: &str) -> 
 ///
 /// # Safety
 /// `out` is NULL or points to a `T` that may be written.
-pub(super) unsafe fn put<T>(out: *mut T, value: T, name: &str) -> Result<()> {
+pub unsafe fn put<T>(out: *mut T, value: T, name: &str) -> Result<()> {
     check_out(out, name)?;
     // SAFETY: not NULL and aligned; the rest is the caller's promise. The old value is plain data.
     unsafe { out.write(value) };
@@ -99,7 +76,7 @@ pub(super) unsafe fn put<T>(out: *mut T, value: T, name: &str) -> Result<()> {
 }
 
 /// Refuses an out-parameter that [`put`] would refuse, before anything is done.
-pub(super) fn check_out<T>(out: *mut T, name: &str) -> Result<()> {
+pub fn check_out<T>(out: *mut T, name: &str) -> Result<()> {
     if out.is_null() {
         return Err(null(name));
     }
@@ -115,7 +92,7 @@ pub(super) fn check_out<T>(out: *mut T, name: &str) -> Result<()> {
 /// # Safety
 /// `from` is NULL or points to a structure that begins with a `size_t` of its size and has as many
 /// readable bytes. All-zero must be a valid `T`, and so must any bytes its C type can have.
-pub(super) unsafe fn sized<T>(from: *const T, least: usize, name: &str) -> Result<T> {
+pub unsafe fn sized<T>(from: *const T, least: usize, name: &str) -> Result<T> {
     if from.is_null() {
         return Err(null(name));
     }
@@ -145,12 +122,3 @@ pub(super) unsafe fn sized<T>(from: *const T, least: usize, name: &str) -> Resul
         Ok(value)
     }
 }
-
-/// A pointer that is the caller's business: handed back to his callbacks.
-#[derive(Clone, Copy)]
-pub(super) struct Context(pub *mut c_void);
-
-// SAFETY: we only hand the pointer back; the documentation of every callback says on which threads.
-unsafe impl Send for Context {}
-// SAFETY: as above.
-unsafe impl Sync for Context {}

@@ -1,0 +1,2 @@
+//! The functions of `transfer_engine_c.h`.
+#![allow(unsafe_code)]

@@ -1,0 +1,2 @@
+//! One engine.
+#![forbid(unsafe_code)]

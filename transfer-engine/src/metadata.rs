@@ -1,0 +1,2 @@
+//! Who is where, and what they have.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Segments by handle.
+#![forbid(unsafe_code)]
