@@ -108,6 +108,8 @@ pub struct Config {
     pub metadata_cluster_id: Option<String>,
     /// `MC_TE_METRIC`: `1`, `true`, `yes` or `on` reports throughput at intervals. Default off.
     pub te_metric: bool,
+    /// `MC_TE_METRIC_INTERVAL_SECONDS`: seconds between those reports, 1 to 2147483647. Default 5 s.
+    pub te_metric_interval: Duration,
 }
 
 impl Default for Config {
@@ -144,6 +146,7 @@ impl Default for Config {
             metadata_refresh_interval: None,
             metadata_cluster_id: None,
             te_metric: false,
+            te_metric_interval: Duration::from_secs(5),
         }
     }
 }
@@ -220,6 +223,7 @@ impl Config {
         c.metadata_refresh_interval = refresh.filter(|s| *s > 0).map(Duration::from_secs);
         c.metadata_cluster_id = r.text("MC_METADATA_CLUSTER_ID");
         r.word("MC_TE_METRIC", YES_ON, &mut c.te_metric);
+        r.seconds("MC_TE_METRIC_INTERVAL_SECONDS", 1..=i32::MAX as u64, &mut c.te_metric_interval);
 
         (c, r.warnings)
     }
@@ -413,6 +417,9 @@ mod tests {
             ("MC_TE_METADATA_REFRESH_INTERVAL_SECONDS", "0", |_| ()),
             ("MC_METADATA_CLUSTER_ID", "blue", |c| c.metadata_cluster_id = Some("blue".into())),
             ("MC_TE_METRIC", "Yes", |c| c.te_metric = true),
+            ("MC_TE_METRIC_INTERVAL_SECONDS", "7", |c| {
+                c.te_metric_interval = Duration::from_secs(7)
+            }),
             ("MC_MAX_WR", " ", |_| ()),
         ];
         for (name, value, set) in table {

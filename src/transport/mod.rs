@@ -650,15 +650,21 @@ impl Transport {
     }
 
     /// Counters of every NIC.
-    pub fn stats(&self) -> Stats {
+    pub fn rails(&self) -> Vec<RailStats> {
         let shared = &self.shared;
         let rail = |(index, name): (usize, &String)| RailStats {
             nic: name.clone(),
             counters: shared.engine.counters(index),
         };
+        shared.names.iter().enumerate().map(rail).collect()
+    }
+
+    /// Counters of every NIC and peer.
+    pub fn stats(&self) -> Stats {
+        let shared = &self.shared;
         Stats {
             provider: shared.provider.clone(),
-            rails: shared.names.iter().enumerate().map(rail).collect(),
+            rails: self.rails(),
             peers: shared.engine.peer_states(),
         }
     }

@@ -10,6 +10,9 @@ use std::time::Duration;
 
 use mooncake_efa::{Error, Result};
 
+/// Longest wait for a frame: as long as Mooncake waits for one that comes.
+pub const FRAME: Duration = Duration::from_secs(5);
+
 /// Which request a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
