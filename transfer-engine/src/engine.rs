@@ -332,13 +332,8 @@ impl Engine {
     /// [`Code::Busy`] if threads stay inside, or the provider does not return: as of [`Transport::close`].
     pub fn uninstall(&self, protocol: &str) -> Result<()> {
         let _alone = self.installing.write();
-        if !self
-            .shared
-            .transport
-            .load()
-            .as_ref()
-            .is_some_and(|installed| installed.protocol == protocol)
-        {
+        let other = |installed: &Arc<Installed>| installed.protocol != protocol;
+        if self.shared.transport.load().as_ref().is_none_or(other) {
             return Ok(());
         }
         let Some(last) = self.shared.transport.swap(None) else { return Ok(()) };

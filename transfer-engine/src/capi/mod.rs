@@ -32,7 +32,7 @@ type Engines = Vec<(usize, Arc<Engine>)>;
 static ENGINES: std::sync::LazyLock<ArcSwap<Engines>> = std::sync::LazyLock::new(ArcSwap::default);
 /// Every handle that was ever given: addresses that nothing else has, so that a handle is never given twice, and a
 /// program that looks for valid pointers (Go does) is content.
-static HANDLES: Mutex<Vec<Box<usize>>> = Mutex::new(Vec::new());
+static HANDLES: Mutex<Vec<&usize>> = Mutex::new(Vec::new());
 
 /// Calls `f` with an engine.
 fn with<R>(handle: transfer_engine_t, f: impl FnOnce(&Engine) -> Result<R>) -> Result<R> {
@@ -88,8 +88,9 @@ pub unsafe extern "C" fn createTransferEngine(
         let engine = Engine::create(connection, name, auto_discover != 0)?;
         let mut handles = HANDLES.lock();
         let number = handles.len();
-        handles.push(Box::new(number));
-        let handle: *const usize = &raw const **handles.last().expect("it was just put there");
+        let handle: &usize = Box::leak(Box::new(number));
+        handles.push(handle);
+        let handle: *const usize = handle;
         ENGINES.rcu(|engines| {
             let mut engines = Engines::clone(engines);
             engines.push((handle as usize, engine.clone()));

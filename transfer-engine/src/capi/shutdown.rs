@@ -42,9 +42,9 @@ pub fn enable() -> Result<()> {
         }
     };
     Builder::new().name("mefa-te-signals".into()).spawn(life).map_err(failed)?;
-    // SAFETY: the function is there for as long as this library, which has threads of its own and is never
-    // unloaded by anybody sane.
     AT_EXIT.call_once(|| {
+        // SAFETY: the function is there for as long as this library, which has threads of its own, so nobody can
+        // unload it.
         unsafe { libc::atexit(at_exit) };
     });
     *watched_by = std::process::id();
