@@ -20,9 +20,11 @@ ENV := . scripts/env &&
 .DEFAULT_GOAL := build
 .PHONY: build demo test test-mooncake soak fuzz sanitize bench lint header bindings install clean help bench-programs cmake
 
-build: ## the library and the command, in target/release
+build: ## the libraries and the commands, in target/release
 	@scripts/setup build
-	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace
+	@# By itself: built together with the other library it would export its functions too.
+	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace --exclude transfer-engine
+	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release -p transfer-engine
 
 demo: build ## move and verify memory between two processes, over shared memory and over TCP
 	$(BIN) bench --self --provider shm --verify --duration 3
@@ -30,7 +32,7 @@ demo: build ## move and verify memory between two processes, over shared memory 
 
 test: ## every test: Rust, C, C++, and consumers of the CMake package
 	@scripts/setup build test
-	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace
+	@$(MAKE) --no-print-directory build
 	$(ENV) $(CARGO) test $(CARGO_FLAGS) --release --workspace
 	bench/test
 	@# The engine's concurrent parts and the emulator's ring, in every order that threads can come in.
@@ -84,7 +86,7 @@ lint: build ## formatting, clippy, that header, symbols, ABI and `unsafe` are as
 	$(ENV) $(CARGO) fmt --all --check
 	$(ENV) $(CARGO) clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
 	scripts/check-header
-	scripts/check-symbols $(TARGET_DIR)/release/libmooncake_efa.so
+	scripts/check-symbols $(TARGET_DIR)/release
 	scripts/check-abi
 	scripts/check-unsafe
 	$(ENV) scripts/check-cost
