@@ -64,8 +64,8 @@ def start(tmp_path, swap):
         starter.end_all()
 
 
-def engine(starter, fabric, host):
-    peer = starter(fabric, host)
+def engine(starter, fabric, host, **variables):
+    peer = starter(fabric, host, **variables)
     assert peer.start_engine() == 0, peer.stderr()
     return peer
 

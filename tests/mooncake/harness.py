@@ -31,6 +31,15 @@ def swap_library():
     return path
 
 
+def transfer_engine_library():
+    """libtransfer_engine.so: MEFA_TRANSFER_ENGINE, or what was built."""
+    built = ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "release/libtransfer_engine.so"
+    path = Path(os.environ.get("MEFA_TRANSFER_ENGINE") or built).absolute()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: build it by `make`, or say where it is in MEFA_TRANSFER_ENGINE")
+    return path
+
+
 class Fabric:
     """How peers get at each other: environment variables and libraries."""
 
