@@ -91,13 +91,19 @@ struct Shared {
     name: String,
     location: Location,
     metadata: Arc<Metadata>,
-    transport: ArcSwapOption<Installed>,
+    transport: &'static Installation,
     inbox: Mutex<Inbox>,
 }
 
-struct Installed {
+/// Where an engine's transport is, if it has one. It stays when the engine goes, so that its address is the engine's
+/// handle, never another's, and what happens often has to look at one thing only.
+pub type Installation = ArcSwapOption<Installed>;
+
+/// A transport that is installed.
+pub struct Installed {
     protocol: &'static str,
     transport: Transport,
+    engine: Arc<Engine>,
 }
 
 #[derive(Default)]
@@ -197,7 +203,7 @@ impl Engine {
             name,
             location,
             metadata,
-            transport: ArcSwapOption::empty(),
+            transport: Box::leak(Box::default()),
             inbox: Mutex::default(),
         });
         let server = Server::start(listener, shared.clone(), metadata::limits(&config))?;
@@ -255,6 +261,11 @@ impl Engine {
         self.shared.address()
     }
 
+    /// Where its transport is.
+    pub fn installation(&self) -> &'static Installation {
+        self.shared.transport
+    }
+
     // ---- transport ----------------------------------------------------------------------------
 
     /// Installs the transport of a protocol, `efa` or `tcp`, and registers with it what was registered before.
@@ -265,7 +276,7 @@ impl Engine {
     /// [`Code::NotImplemented`] for another protocol, or when one is installed that is another;
     /// [`Code::DeviceNotFound`] for `efa` without a topology; those of [`Transport::install`]. Nothing is installed
     /// then.
-    pub fn install(&self, protocol: &str, matrix: Option<&str>) -> Result<()> {
+    pub fn install(self: &Arc<Self>, protocol: &str, matrix: Option<&str>) -> Result<()> {
         let _alone = self.installing.write();
         if let Some(installed) = &*self.shared.transport.load() {
             if installed.protocol == protocol {
@@ -321,7 +332,11 @@ impl Engine {
         transport.register(&known)?;
         self.shared.metadata.introduce(transport.descriptor());
         self.shared.metadata.publish_segment(&transport.descriptor())?;
-        self.shared.transport.store(Some(Arc::new(Installed { protocol, transport })));
+        self.shared.transport.store(Some(Arc::new(Installed {
+            protocol,
+            transport,
+            engine: self.clone(),
+        })));
         Ok(())
     }
 
@@ -620,77 +635,6 @@ impl Engine {
 
     // ---- transfers ----------------------------------------------------------------------------
 
-    /// A new batch for up to `capacity` transfers: its number.
-    pub fn allocate(&self, capacity: u32) -> Result<u64> {
-        self.shared.with(|installed| Ok(installed.transport.allocate_batch(capacity)?.0))
-    }
-
-    /// Frees a batch; [`Code::Busy`] while a transfer of it is under way.
-    pub fn free(&self, batch: u64) -> Result<()> {
-        self.shared.with(|installed| installed.transport.free_batch(BatchId(batch)))?;
-        if self.outgoing.load(Ordering::Relaxed) > 0 {
-            self.take_outgoing(batch);
-        }
-        Ok(())
-    }
-
-    /// Adds transfers to a batch and starts them, all or none. `notification` is sent to the first one's segment when
-    /// all of the batch are complete and [`Self::status`] was asked.
-    pub fn submit(
-        &self,
-        batch: u64,
-        transfers: impl ExactSizeIterator<Item = Transfer> + Clone,
-        notification: Option<Notification>,
-    ) -> Result<()> {
-        self.shared.with(|installed| {
-            let mut last = None;
-            for transfer in transfers.clone() {
-                if last != Some(transfer.segment) {
-                    last = Some(transfer.segment);
-                    if self.config.disable_metacache && transfer.segment != LOCAL {
-                        self.refresh(self.slot(transfer.segment)?);
-                    }
-                    self.target(installed, transfer.segment)?;
-                }
-            }
-            let Some(first) = transfers.clone().next() else {
-                return match notification {
-                    None => Ok(()),
-                    Some(_) => Err(Error::invalid("a notification without a transfer")),
-                };
-            };
-            // No target is 0: one that was closed since is refused below.
-            let target =
-                |handle| self.segments.get(handle).and_then(Slot::target).unwrap_or(TargetId(0));
-            let mut aim = (first.segment, target(first.segment));
-            let requests = transfers.map(move |transfer| {
-                if transfer.segment != aim.0 {
-                    aim = (transfer.segment, target(transfer.segment));
-                }
-                let Transfer { write, local, remote, length, .. } = transfer;
-                Request { write, local, target: aim.1, remote, length, cookie: 0 }
-            });
-            installed.transport.submit(BatchId(batch), requests, None)?;
-            if let Some(notification) = notification {
-                let mut outbox = self.outbox.lock();
-                outbox.insert(batch, (first.segment, notification));
-                self.outgoing.store(outbox.len(), Ordering::Relaxed);
-            }
-            Ok(())
-        })
-    }
-
-    /// Status of a transfer, by its place in the batch, and its bytes moved. Makes progress.
-    pub fn status(&self, batch: u64, task: u32) -> Result<(Status, u64)> {
-        self.shared.with(|installed| {
-            let seen = installed.transport.task_status(BatchId(batch), task)?;
-            if seen.0 == Status::Completed && self.outgoing.load(Ordering::Relaxed) > 0 {
-                self.notify_of(installed, batch);
-            }
-            Ok(seen)
-        })
-    }
-
     /// Sends what was to be sent when a batch is complete, if it is.
     #[cold]
     fn notify_of(&self, installed: &Installed, batch: u64) {
@@ -821,6 +765,76 @@ impl Engine {
             text += &format!("  {location} -> preferred: [{near}]  available: [{far}]\n");
         }
         text
+    }
+}
+
+impl Installed {
+    /// Adds transfers to a batch and starts them, all or none. `notification` is sent to the first one's segment when
+    /// all of the batch are complete and [`Self::status`] was asked.
+    pub fn submit(
+        &self,
+        batch: u64,
+        transfers: impl ExactSizeIterator<Item = Transfer> + Clone,
+        notification: Option<Notification>,
+    ) -> Result<()> {
+        let engine = &*self.engine;
+        let mut last = None;
+        for transfer in transfers.clone() {
+            if last != Some(transfer.segment) {
+                last = Some(transfer.segment);
+                if engine.config.disable_metacache && transfer.segment != LOCAL {
+                    engine.refresh(engine.slot(transfer.segment)?);
+                }
+                engine.target(self, transfer.segment)?;
+            }
+        }
+        let Some(first) = transfers.clone().next() else {
+            return match notification {
+                None => Ok(()),
+                Some(_) => Err(Error::invalid("a notification without a transfer")),
+            };
+        };
+        // No target is 0: one that was closed since is refused below.
+        let target =
+            |handle| engine.segments.get(handle).and_then(Slot::target).unwrap_or(TargetId(0));
+        let mut aim = (first.segment, target(first.segment));
+        let requests = transfers.map(move |transfer| {
+            if transfer.segment != aim.0 {
+                aim = (transfer.segment, target(transfer.segment));
+            }
+            let Transfer { write, local, remote, length, .. } = transfer;
+            Request { write, local, target: aim.1, remote, length, cookie: 0 }
+        });
+        self.transport.submit(BatchId(batch), requests, None)?;
+        if let Some(notification) = notification {
+            let mut outbox = engine.outbox.lock();
+            outbox.insert(batch, (first.segment, notification));
+            engine.outgoing.store(outbox.len(), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Status of a transfer, by its place in the batch, and its bytes moved. Makes progress.
+    pub fn status(&self, batch: u64, task: u32) -> Result<(Status, u64)> {
+        let seen = self.transport.task_status(BatchId(batch), task)?;
+        if seen.0 == Status::Completed && self.engine.outgoing.load(Ordering::Relaxed) > 0 {
+            self.engine.notify_of(self, batch);
+        }
+        Ok(seen)
+    }
+
+    /// A new batch for up to `capacity` transfers: its number.
+    pub fn allocate(&self, capacity: u32) -> Result<u64> {
+        Ok(self.transport.allocate_batch(capacity)?.0)
+    }
+
+    /// Frees a batch; [`Code::Busy`] while a transfer of it is under way.
+    pub fn free(&self, batch: u64) -> Result<()> {
+        self.transport.free_batch(BatchId(batch))?;
+        if self.engine.outgoing.load(Ordering::Relaxed) > 0 {
+            self.engine.take_outgoing(batch);
+        }
+        Ok(())
     }
 }
 

@@ -9,6 +9,7 @@ mod log;
 mod shutdown;
 pub mod types;
 
+use std::cell::Cell;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::ptr::null_mut;
 use std::sync::Arc;
@@ -19,9 +20,8 @@ use mooncake_efa::engine::Status;
 use mooncake_efa::fabric::Memory;
 use mooncake_efa::transport::in_time;
 use mooncake_efa::{Code, Error, Result};
-use parking_lot::Mutex;
 
-use crate::engine::{Engine, LEAVE, Transfer};
+use crate::engine::{Engine, Installation, Installed, LEAVE, Transfer};
 use crate::metadata::Notification;
 #[allow(clippy::wildcard_imports)]
 use types::*;
@@ -30,17 +30,48 @@ use types::*;
 type Engines = Vec<(usize, Arc<Engine>)>;
 
 static ENGINES: std::sync::LazyLock<ArcSwap<Engines>> = std::sync::LazyLock::new(ArcSwap::default);
-/// Every handle that was ever given: addresses that nothing else has, so that a handle is never given twice, and a
-/// program that looks for valid pointers (Go does) is content.
-static HANDLES: Mutex<Vec<&usize>> = Mutex::new(Vec::new());
+/// Where the transports are of all engines that ever were; an engine's handle is the address.
+static INSTALLATIONS: boxcar::Vec<&Installation> = boxcar::Vec::new();
+
+thread_local! {
+    /// The one that this thread used last.
+    static LAST: Cell<Option<&'static Installation>> = const { Cell::new(None) };
+}
+
+fn unknown(handle: transfer_engine_t) -> Error {
+    Error::invalid(format!("{handle:p} is not a transfer engine"))
+}
 
 /// Calls `f` with an engine.
-fn with<R>(handle: transfer_engine_t, f: impl FnOnce(&Engine) -> Result<R>) -> Result<R> {
+fn with<R>(handle: transfer_engine_t, f: impl FnOnce(&Arc<Engine>) -> Result<R>) -> Result<R> {
     let engines = ENGINES.load();
     match engines.iter().find(|(known, _)| *known == handle as usize) {
         Some((_, engine)) => f(engine),
-        None => Err(Error::invalid(format!("{handle:p} is not a transfer engine"))),
+        None => Err(unknown(handle)),
     }
+}
+
+/// Calls `f` with an engine's transport: the short way, for what happens often.
+fn installed<R>(handle: transfer_engine_t, f: impl FnOnce(&Installed) -> Result<R>) -> Result<R> {
+    let is = |installation: &&'static Installation| {
+        std::ptr::eq(*installation, handle.cast_const().cast())
+    };
+    // The cell is gone while a thread ends.
+    let last = LAST.try_with(Cell::get).ok().flatten().filter(is);
+    let installation = last.or_else(|| find(handle)).ok_or_else(|| unknown(handle))?;
+    match &*installation.load() {
+        Some(installed) => f(installed),
+        None => with(handle, |_| Err(Error::invalid("no transport is installed"))),
+    }
+}
+
+#[cold]
+fn find(handle: transfer_engine_t) -> Option<&'static Installation> {
+    let all = INSTALLATIONS.iter().map(|(_, installation)| *installation);
+    let found =
+        all.filter(|installation| std::ptr::eq(*installation, handle.cast_const().cast())).last();
+    let _ = LAST.try_with(|last| last.set(found));
+    found
 }
 
 /// Runs `f` at the boundary; what it fails with is logged for `function`.
@@ -86,17 +117,14 @@ pub unsafe extern "C" fn createTransferEngine(
             )
         };
         let engine = Engine::create(connection, name, auto_discover != 0)?;
-        let mut handles = HANDLES.lock();
-        let number = handles.len();
-        let handle: &usize = Box::leak(Box::new(number));
-        handles.push(handle);
-        let handle: *const usize = handle;
+        let handle: *const Installation = engine.installation();
+        INSTALLATIONS.push(engine.installation());
         ENGINES.rcu(|engines| {
             let mut engines = Engines::clone(engines);
             engines.push((handle as usize, engine.clone()));
             engines
         });
-        Ok(handle as transfer_engine_t)
+        Ok(handle.cast_mut().cast())
     });
     created.unwrap_or(null_mut())
 }
@@ -138,7 +166,7 @@ pub extern "C" fn destroyTransferEngine(engine: transfer_engine_t) {
 /// Finds out which NICs there are and which memory they are near to. `installTransport("efa", ...)` needs it.
 #[unsafe(no_mangle)]
 pub extern "C" fn discoverTopology(engine: transfer_engine_t) -> c_int {
-    number(entered("discoverTopology", || with(engine, Engine::discover)))
+    number(entered("discoverTopology", || with(engine, |engine| engine.discover())))
 }
 
 /// Writes `address:port` of the engine's handshake port to `buf_out`, cut off at `buf_len` bytes with the NUL. With
@@ -377,7 +405,7 @@ pub extern "C" fn allocateBatchID(engine: transfer_engine_t, batch_size: usize) 
         let size = u32::try_from(batch_size).map_err(|_| {
             Error::invalid(format!("a batch of {batch_size} transfers is too large"))
         })?;
-        with(engine, |engine| engine.allocate(size))
+        installed(engine, |transport| transport.allocate(size))
     });
     allocated.unwrap_or(INVALID_BATCH)
 }
@@ -441,7 +469,7 @@ unsafe fn submit(
         remote: entry.target_offset,
         length: entry.length,
     });
-    with(engine, |engine| engine.submit(batch, transfers, notification))
+    installed(engine, |transport| transport.submit(batch, transfers, notification))
 }
 
 /// Status of a transfer by its place in the batch. Makes progress.
@@ -459,7 +487,7 @@ pub unsafe extern "C" fn getTransferStatus(
         check_out(status, "status")?;
         let task = u32::try_from(task_id)
             .map_err(|_| Error::invalid(format!("task {task_id} is not in the batch")))?;
-        let (seen, bytes) = with(engine, |engine| engine.status(batch_id, task))?;
+        let (seen, bytes) = installed(engine, |transport| transport.status(batch_id, task))?;
         // Mooncake knows no other word for what is under way.
         let seen = if seen == Status::Pending { Status::Waiting } else { seen };
         // SAFETY: the caller's promise.
@@ -476,7 +504,7 @@ pub unsafe extern "C" fn getTransferStatus(
 /// Frees a batch. Refused while a transfer of it is under way.
 #[unsafe(no_mangle)]
 pub extern "C" fn freeBatchID(engine: transfer_engine_t, batch_id: u64) -> c_int {
-    status_code(entered("freeBatchID", || with(engine, |engine| engine.free(batch_id))))
+    status_code(entered("freeBatchID", || installed(engine, |transport| transport.free(batch_id))))
 }
 
 /// Notifications from peers since the last call, and their count in `*size`; NULL if there are none. Free them by
