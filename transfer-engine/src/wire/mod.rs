@@ -4,11 +4,17 @@
 //! Whoever reaches the port is served, so what is read here is limited in length, number and time.
 #![forbid(unsafe_code)]
 
-use std::net::TcpListener;
-use std::sync::Arc;
+mod ask;
+mod frame;
+mod server;
+
 use std::time::Duration;
 
-use mooncake_efa::{Error, Result};
+use mooncake_efa::Result;
+
+pub use ask::ask;
+pub use frame::{Broken, Frame, Reader};
+pub use server::Server;
 
 /// Longest wait for a frame: as long as Mooncake waits for one that comes.
 pub const FRAME: Duration = Duration::from_secs(5);
@@ -27,6 +33,11 @@ pub enum Kind {
     Probe = 3,
 }
 
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Connection, Self::Metadata, Self::Notify, Self::Probe];
+}
+
 /// How long and how much, for both sides.
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -34,34 +45,14 @@ pub struct Limits {
     pub connect: Duration,
     /// Longest wait for all of a frame.
     pub frame: Duration,
-    /// Most bytes of a frame.
+    /// Most bytes of a frame that is read. The other side may take less, or more.
     pub length: usize,
     /// Addresses are IPv6 ones.
     pub ipv6: bool,
-}
-
-/// Sends a request to a server and returns its answer. Blocks for as long as `limits` allows.
-///
-/// # Errors
-/// `Code::Metadata`, with the host and what went wrong.
-pub fn ask(host: &str, port: u16, kind: Kind, request: &str, limits: &Limits) -> Result<String> {
-    let _ = (kind, request, limits);
-    Err(Error::invalid(format!("{host}:{port}")))
 }
 
 /// Answers requests. Called on several threads at once.
 pub trait Answer: Send + Sync {
     /// The answer (JSON) to a request (text, perhaps JSON); an error closes the connection without one.
     fn answer(&self, kind: Kind, request: &str) -> Result<String>;
-}
-
-/// Threads that answer what comes to a port. Dropping it ends them.
-pub struct Server {}
-
-impl Server {
-    /// Starts them.
-    pub fn start(listener: TcpListener, answers: Arc<dyn Answer>, limits: Limits) -> Result<Self> {
-        let _ = (listener, answers, limits);
-        Ok(Self {})
-    }
 }
