@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -81,6 +81,8 @@ pub struct Engine {
     loads: Mutex<Vec<Load>>,
     /// Held to publish our descriptor.
     publishing: Mutex<()>,
+    /// It is being closed: nobody is to begin anything that takes long.
+    closing: AtomicBool,
     server: Mutex<Option<Server>>,
     ticker: Mutex<Option<Ticker>>,
 }
@@ -110,6 +112,8 @@ pub struct Installed {
 struct Inbox {
     waiting: VecDeque<Notification>,
     bytes: usize,
+    /// It has been logged that there is no room.
+    told: bool,
 }
 
 /// A NIC's bandwidth, measured when somebody asks.
@@ -161,8 +165,8 @@ impl Inbox {
         if room {
             self.bytes += bytes;
             self.waiting.push_back(notification);
-        } else if self.waiting.len() % INBOX == 0 {
-            log::warn!("a notification was refused: {} wait to be fetched", self.waiting.len());
+        } else if !std::mem::replace(&mut self.told, true) {
+            log::warn!("notifications are refused: {} wait to be fetched", self.waiting.len());
         }
         room
     }
@@ -219,6 +223,7 @@ impl Engine {
             outgoing: AtomicUsize::new(0),
             loads: Mutex::default(),
             publishing: Mutex::default(),
+            closing: AtomicBool::new(false),
             server: Mutex::new(Some(server)),
             ticker: Mutex::default(),
         });
@@ -368,6 +373,7 @@ impl Engine {
 
     /// Ends it: nobody finds it any more, peers get no answers, its transport is closed. Errors are logged.
     pub fn close(&self) {
+        self.closing.store(true, Ordering::Relaxed);
         *self.ticker.lock() = None;
         self.withdraw();
         *self.server.lock() = None;
@@ -578,10 +584,8 @@ impl Engine {
 
     /// Fetches the descriptors of all open segments. What cannot be had stays as it was, and is logged.
     pub fn refresh_all(&self) {
-        self.segments
-            .iter()
-            .skip(1)
-            .filter(|slot| *slot.users.lock() > 0)
+        let open = self.segments.iter().skip(1).filter(|slot| *slot.users.lock() > 0);
+        open.take_while(|_| !self.closing.load(Ordering::Relaxed))
             .for_each(|slot| self.refresh(slot));
     }
 
