@@ -17,6 +17,7 @@ KiB, MiB = 1 << 10, 1 << 20
 # No test waits as long as this; it only keeps one that hangs from hanging for ever.
 LONG = 60
 GUARD = 4096
+P2P = "P2PHANDSHAKE"
 SERVES = re.compile(r"mooncake-efa \d\S* serves protocol efa in (\S+)")
 
 
@@ -179,12 +180,12 @@ class Peer:
         """A method of the bindings."""
         return self.ask("call", timeout, on=on, name=name, args=args)
 
-    def start_engine(self, protocol="efa", on="engine"):
-        """What initialize returns."""
+    def start_engine(self, protocol="efa", on="engine", metadata=P2P, name="127.0.0.1"):
+        """What initialize returns. With a metadata server `name` is the segment's."""
         self.ask("engine_make", name=on)
-        code = self.call("initialize", "127.0.0.1", "P2PHANDSHAKE", protocol, "", on=on)
+        code = self.call("initialize", name, metadata, protocol, "", on=on)
         if code == 0:
-            self.name = f"127.0.0.1:{self.call('get_rpc_port', on=on)}"
+            self.name = f"127.0.0.1:{self.call('get_rpc_port', on=on)}" if metadata == P2P else name
         return code
 
     def serves(self):

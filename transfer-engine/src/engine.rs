@@ -187,8 +187,12 @@ impl Engine {
     ///
     /// `connection` says where the metadata is ([`Metadata::open`]), `name` is ours for peers, `host:port`. With
     /// `P2PHANDSHAKE` the port is a free one instead, and [`Self::address`] tells it.
-    pub fn create(connection: &str, name: &str, auto_discover: bool) -> Result<Arc<Self>> {
-        let config = Config::from_env();
+    pub fn create(
+        config: Config,
+        connection: &str,
+        name: &str,
+        auto_discover: bool,
+    ) -> Result<Arc<Self>> {
         raise_file_limit();
         let metadata = Arc::new(Metadata::open(connection, &config)?);
         let (host, port) = address::parse(name, config.handshake_port);

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use mooncake_efa::boundary::{array, caught, check_out, optional_string, put, string};
+use mooncake_efa::config::Config;
 use mooncake_efa::engine::Status;
 use mooncake_efa::fabric::Memory;
 use mooncake_efa::transport::in_time;
@@ -116,7 +117,7 @@ pub unsafe extern "C" fn createTransferEngine(
                 string(local_server_name, "local_server_name")?,
             )
         };
-        let engine = Engine::create(connection, name, auto_discover != 0)?;
+        let engine = Engine::create(Config::from_env(), connection, name, auto_discover != 0)?;
         let handle: *const Installation = engine.installation();
         INSTALLATIONS.push(engine.installation());
         ENGINES.rcu(|engines| {
