@@ -7,13 +7,14 @@ mod capi;
 #[path = "../../cli/src/control.rs"]
 mod control_line;
 
-use std::io::BufReader;
+use std::io::{BufReader, ErrorKind, Read};
 
 use mooncake_efa::Result;
 use mooncake_efa::config::Config;
 use mooncake_efa::segment::{self, Handshake, Segment};
 use mooncake_efa::topology::Topology;
 use softefa::rules::{Op, Operation, Place, Script};
+use transfer_engine::wire::{Frame, Reader};
 
 pub use capi::capi;
 
@@ -21,13 +22,14 @@ pub use capi::capi;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     ("segment", segment),
     ("handshake", handshake),
     ("topology", topology),
     ("names", names),
     ("config", config),
     ("control", control),
+    ("frame", frame),
     ("faults", faults),
     ("capi", capi),
 ];
@@ -159,6 +161,59 @@ pub fn control(data: &[u8]) {
     }
     if let Some(Some(hello)) = told(hear::<_, Hello>(&mut reader(), HELLO, now)) {
         segment(hello.descriptor.as_bytes());
+    }
+}
+
+/// What comes to or from Mooncake's handshake port. The first byte is how much of it comes at a time.
+pub fn frame(data: &[u8]) {
+    const MOST: usize = 1024;
+    let Some((&size, bytes)) = data.split_first() else { return };
+    let whole = read_frame(bytes, usize::MAX, MOST);
+    let parts = read_frame(bytes, usize::from(size).max(1), MOST);
+    assert_eq!(parts, whole);
+    if let Some(frame) = whole {
+        // What was taken is what was sent, and nothing behind it.
+        let written = frame.to_bytes();
+        assert!(written.len() <= 8 + MOST && bytes.starts_with(&written));
+        assert_eq!(read_frame(&written, 1, MOST), Some(frame));
+    }
+    // Whatever length is announced, what is held is what came, and some.
+    read_frame(bytes, usize::from(size).max(1), usize::MAX);
+}
+
+fn read_frame(bytes: &[u8], size: usize, most: usize) -> Option<Frame> {
+    struct Parts<'a> {
+        bytes: &'a [u8],
+        size: usize,
+        /// Nothing is there before each part.
+        waits: bool,
+    }
+    impl Read for Parts<'_> {
+        fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+            self.waits = !self.waits;
+            if self.waits {
+                return Err(ErrorKind::WouldBlock.into());
+            }
+            let most = into.len().min(self.size);
+            self.bytes.read(&mut into[..most])
+        }
+    }
+    let mut parts = Parts { bytes, size, waits: false };
+    let mut reader = Reader::new(most);
+    loop {
+        let result = reader.read(&mut parts);
+        assert!(reader.held() <= 64 + 4 * bytes.len(), "{} bytes held", reader.held());
+        match result {
+            Ok(None) => {}
+            Ok(Some(frame)) => {
+                assert_eq!(bytes.len() - parts.bytes.len(), frame.to_bytes().len());
+                return Some(frame);
+            }
+            Err(broken) => {
+                one_line(&broken.to_string());
+                return None;
+            }
+        }
     }
 }
 
