@@ -32,6 +32,12 @@ pub struct Config {
     pub devices: Vec<String>,
     /// `MC_CUSTOM_TOPO_JSON`: file with a NIC priority matrix. Default: topology is discovered.
     pub custom_topology: Option<PathBuf>,
+    /// `CUDA_VISIBLE_DEVICES`: which GPUs CUDA shows, and so what `cuda:0` is, as it stands: set but empty, it is
+    /// none of them. Default: all.
+    pub cuda_visible_devices: Option<String>,
+    /// `CUDA_DEVICE_ORDER`: `PCI_BUS_ID` has CUDA number GPUs by PCI address; `FASTEST_FIRST`, CUDA's default, has it
+    /// do so with like ones only. Default off.
+    pub cuda_pci_order: bool,
     /// `MC_EFA_CQ_THREADS`: polling threads; 0 is one a NIC, more than NICs is the same as that.
     /// Default 1. Each costs up to a core while transfers are under way.
     pub pollers: usize,
@@ -119,6 +125,8 @@ impl Default for Config {
             libfabric: None,
             devices: Vec::new(),
             custom_topology: None,
+            cuda_visible_devices: None,
+            cuda_pci_order: false,
             pollers: 1,
             nic_selection: NicSelection::All,
             max_wr: None,
@@ -184,6 +192,9 @@ impl Config {
         c.libfabric = r.text("MC_EFA_LIBFABRIC");
         c.devices = r.list("MC_TE_FILTERS");
         c.custom_topology = r.text("MC_CUSTOM_TOPO_JSON").map(PathBuf::from);
+        c.cuda_visible_devices = (r.lookup)("CUDA_VISIBLE_DEVICES");
+        const ORDERS: &[(&str, bool)] = &[("FASTEST_FIRST", false), ("PCI_BUS_ID", true)];
+        r.word("CUDA_DEVICE_ORDER", ORDERS, &mut c.cuda_pci_order);
         r.number("MC_EFA_CQ_THREADS", 0..=65535, &mut c.pollers);
         const SELECTION: &[(&str, NicSelection)] =
             &[("all", NicSelection::All), ("local", NicSelection::Local)];
@@ -380,6 +391,9 @@ mod tests {
             ("MC_EFA_LIBFABRIC", "/opt/f.so", |c| c.libfabric = Some("/opt/f.so".into())),
             ("MC_TE_FILTERS", " a , ,b,", |c| c.devices = vec!["a".into(), "b".into()]),
             ("MC_CUSTOM_TOPO_JSON", "t.json", |c| c.custom_topology = Some("t.json".into())),
+            ("CUDA_VISIBLE_DEVICES", "", |c| c.cuda_visible_devices = Some(String::new())),
+            ("CUDA_VISIBLE_DEVICES", " 1,0", |c| c.cuda_visible_devices = Some(" 1,0".into())),
+            ("CUDA_DEVICE_ORDER", "PCI_BUS_ID", |c| c.cuda_pci_order = true),
             ("MC_EFA_CQ_THREADS", "0", |c| c.pollers = 0),
             ("MC_EFA_NIC_SELECTION", "LOCAL", |c| c.nic_selection = NicSelection::Local),
             ("MC_MAX_WR", "128", |c| c.max_wr = Some(128)),
@@ -430,6 +444,7 @@ mod tests {
     #[test]
     fn each_bad_value_keeps_the_default_with_one_warning() {
         let table = [
+            ("CUDA_DEVICE_ORDER", "2", "FASTEST_FIRST, PCI_BUS_ID; keeping FASTEST_FIRST"),
             ("MC_EFA_CQ_THREADS", "-1", "a whole number from 0 to 65535; keeping 1"),
             ("MC_EFA_NIC_SELECTION", "near", "all, local; keeping all"),
             ("MC_MAX_WR", "0", "from 1 to 65535; keeping the provider's depth"),

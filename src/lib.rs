@@ -2,13 +2,15 @@
 //! the C++ `EfaTransport` in Mooncake's TransferEngine.
 //!
 //! Rooms, each calling only the next: [`transport`] (the Rust door; `capi` is the C one) →
-//! [`engine`] (batches, requests, slices) → `nic` (one network device) → `fabric` (libfabric).
+//! [`engine`] (batches, requests, slices) → `nic` (one network device) → `fabric` (libfabric). [`discovery`] says which
+//! devices are near to which memory.
 #![deny(unsafe_code)]
 
 pub mod boundary;
 #[cfg(feature = "capi")]
 pub mod capi;
 pub mod config;
+pub mod discovery;
 pub mod engine;
 pub mod error;
 pub mod fabric;

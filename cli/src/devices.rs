@@ -1,6 +1,6 @@
 //! `mooncake-efa devices`.
 
-use mooncake_efa::{Result, transport};
+use mooncake_efa::{Result, discovery, transport};
 use serde::Serialize;
 
 /// Flags of `mooncake-efa devices`.
@@ -12,6 +12,9 @@ pub struct Args {
     /// One JSON array instead of a table
     #[arg(long)]
     json: bool,
+    /// Which devices are near to which memory, as JSON: what MC_CUSTOM_TOPO_JSON takes
+    #[arg(long, conflicts_with = "json")]
+    topology: bool,
 }
 
 #[derive(Serialize)]
@@ -25,15 +28,33 @@ struct Row {
     virtual_addresses: bool,
     provider_keys: bool,
     device_memory: bool,
+    /// NUMA node; null where it is not known.
+    numa: Option<u32>,
+    /// Gbit/s; null where it is not known.
+    gbps: Option<u32>,
+    /// The NUMA nodes and GPUs that it is near to; none if it is not to be used.
+    near: Vec<String>,
 }
 
 /// Prints the devices that could be used; an error if there are none.
 pub fn run(args: &Args) -> Result<()> {
-    let devices = transport::devices(&crate::config(args.provider.as_deref()))?;
+    let config = crate::config(args.provider.as_deref());
+    let devices = transport::devices(&config)?;
+    let topology = discovery::discover(&config)?;
+    if args.topology {
+        println!("{}", topology.to_json());
+        return Ok(());
+    }
+    let near = |name: &String| {
+        let entries = topology.entries.iter();
+        let near = entries.filter(|(_, entry)| entry.preferred.contains(name));
+        near.map(|(location, _)| location.clone()).collect()
+    };
     let rows: Vec<Row> = devices
         .iter()
         .map(|device| {
             let info = device.info();
+            let discovery::Link { numa, gbps } = discovery::link(&device.name);
             Row {
                 name: device.name.clone(),
                 provider: info.provider(),
@@ -44,6 +65,9 @@ pub fn run(args: &Args) -> Result<()> {
                 virtual_addresses: info.virtual_addresses(),
                 provider_keys: info.provider_keys(),
                 device_memory: info.device_memory(),
+                numa,
+                gbps,
+                near: near(&device.name),
             }
         })
         .collect();
@@ -51,11 +75,22 @@ pub fn run(args: &Args) -> Result<()> {
         println!("{}", serde_json::json!(rows));
         return Ok(());
     }
-    println!("{:<16} {:<14} {:<18} {:<20} {:>6}", "NAME", "PROVIDER", "FABRIC", "DOMAIN", "DEPTH");
+    println!(
+        "{:<16} {:<14} {:<18} {:<20} {:>6} {:>5} {:>5}  NEAR",
+        "NAME", "PROVIDER", "FABRIC", "DOMAIN", "DEPTH", "NUMA", "GBPS"
+    );
+    let number = |number: Option<u32>| number.map_or("-".to_owned(), |number| number.to_string());
     for row in rows {
+        let near = if row.near.is_empty() { "-".to_owned() } else { row.near.join(",") };
         println!(
-            "{:<16} {:<14} {:<18} {:<20} {:>6}",
-            row.name, row.provider, row.fabric, row.domain, row.transmit_depth
+            "{:<16} {:<14} {:<18} {:<20} {:>6} {:>5} {:>5}  {near}",
+            row.name,
+            row.provider,
+            row.fabric,
+            row.domain,
+            row.transmit_depth,
+            number(row.numa),
+            number(row.gbps)
         );
     }
     Ok(())

@@ -73,6 +73,10 @@ fn devices_are_listed_or_missed_by_name() {
     let output = run(&["devices", "--provider", "tcp", "--json"]);
     let rows: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert!(rows[0]["transmit_depth"].as_u64() > Some(0), "{rows}");
+    assert!(rows[0]["near"].is_array() && rows[0].get("numa").is_some(), "{rows}");
+    let output = run(&["devices", "--provider", "tcp", "--topology"]);
+    let matrix: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert!(matrix["cpu:0"][0].as_array().is_some_and(|near| !near.is_empty()), "{matrix}");
     let output = run(&["devices"]);
     if output.status.success() {
         eprintln!("skipped: this host has EFA devices");

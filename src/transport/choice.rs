@@ -6,7 +6,11 @@ use crate::topology::MAX_TEXT;
 
 use super::{Code, Config, Device, Error, FabricNic, Libfabric, Limits, Result, Topology};
 
-pub(super) fn read_topology(path: &std::path::Path) -> Result<Topology> {
+/// The NIC priority matrix of the file that `MC_CUSTOM_TOPO_JSON` names.
+///
+/// # Errors
+/// That it cannot be read, or is no such matrix; names the variable and the file.
+pub fn read_topology(path: &std::path::Path) -> Result<Topology> {
     let context = format!("MC_CUSTOM_TOPO_JSON={}", path.display());
     // No more than can be right, whatever the file is.
     let read = || -> std::io::Result<String> {
@@ -37,6 +41,15 @@ pub(super) fn no_devices(lib: &Libfabric, config: &Config) -> Error {
         )
     };
     Error::new(Code::DeviceNotFound, text)
+}
+
+/// Without the loopback interface, unless that is all.
+pub(crate) fn outward(devices: Vec<Device>) -> Vec<Device> {
+    let loopback = |device: &Device| device.info().speaks_ip() && device.name == "lo";
+    if devices.iter().all(loopback) {
+        return devices;
+    }
+    devices.into_iter().filter(|device| !loopback(device)).collect()
 }
 
 /// Which of the devices found to open, and in what order.
@@ -74,11 +87,7 @@ pub(super) fn choose(
         }
     }
     if wanted.is_empty() && asked.is_empty() {
-        let outward = |device: &&Device| !(device.info().speaks_ip() && device.name == "lo");
-        wanted = found.iter().filter(outward).cloned().collect();
-        if wanted.is_empty() {
-            wanted.clone_from(&found);
-        }
+        wanted = outward(found.clone());
         if let Some(topology) = topology.filter(|topology| !topology.devices().is_empty()) {
             log::warn!(
                 "none of the topology's devices ({}) is one of provider {}; using {}",

@@ -31,7 +31,9 @@ use crate::sync::{AtomicBool, Ordering};
 use crate::topology::{Topology, line, printable};
 
 pub use crate::engine::Registered;
-use choice::{choose, no_devices, open_all, read_topology};
+pub(crate) use choice::outward;
+pub use choice::read_topology;
+use choice::{choose, no_devices, open_all};
 use pages::{Place, Tables};
 use poller::{Patience, Sleeper};
 

@@ -8,9 +8,10 @@
 
 pub mod address;
 pub mod capi;
-pub mod discovery;
 pub mod engine;
 pub mod metadata;
 mod segments;
 pub mod store;
 pub mod wire;
+
+pub use mooncake_efa::discovery;
