@@ -8,7 +8,7 @@ from harness import Memory
 # With the pair of this file.
 from test_transfer import (test_batch, test_batches_at_once, test_both_directions_at_once, test_large,  # noqa: F401
                            test_no_such_segment, test_nothing_is_moved, test_notify_comes_with_the_data,
-                           test_one_memory_of_many, test_own_segment, test_past_the_end, test_register_many, test_size,
+                           test_own_segment, test_past_the_end, test_register_many, test_size,
                            test_submit_and_poll, test_threads, test_unregister, test_unregistered,
                            test_unregistered_in_a_batch, test_what_is_registered_later_is_found)
 
