@@ -42,6 +42,10 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	$(ENV) $(SOFTEFA) run --dir $(EFA_DIR) -- $(CARGO) test $(CARGO_FLAGS) --release --workspace --test doors efa
 	$(ENV) MEFA_TEST_PROVIDERS=efa $(SOFTEFA) run --dir $(EFA_DIR) -- \
 		$(CARGO) test $(CARGO_FLAGS) --release --workspace --test cli
+	@# What is discovered on each kind of host.
+	for host in '--nics 4' '--profile p4d' '--profile p5' '--profile p5en' '--profile p6-b200' '--profile p6-b300'; do \
+		rm -rf $(EFA_DIR); $(ENV) $(SOFTEFA) run --dir $(EFA_DIR) $$host -- \
+			$(CARGO) test $(CARGO_FLAGS) --release --workspace --test discovery efa || exit 1; done
 	@rm -rf $(EFA_DIR)
 	@# The same under faults, a minute of it.
 	$(SOAK) --minutes 1

@@ -112,8 +112,8 @@ fn in_order(gpus: Vec<Gpu>, config: &Config) -> Vec<Gpu> {
 
 /// Those of `CUDA_VISIBLE_DEVICES=visible`, and what is wrong with it.
 ///
-/// CUDA (13.0) reads a list of numbers, of which it takes the leading digits, or of beginnings of UUIDs, up to the first
-/// entry that names no GPU; a list that names one twice it refuses.
+/// CUDA (13.0) reads a list of numbers, of which it takes the leading digits, or of beginnings of UUIDs, up to the
+/// first entry that names no GPU; a list that names one twice it refuses.
 fn choose(gpus: Vec<Gpu>, visible: &str, config: &Config) -> (Vec<Gpu>, Option<String>) {
     if visible.split(',').any(|entry| entry.trim_start().starts_with("MIG")) {
         let note = "which GPU an instance (MIG) is of is not known: no GPU has NICs of its own";

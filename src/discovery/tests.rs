@@ -84,7 +84,7 @@ impl Tree {
         self.host.topology(names.to_vec(), config).to_json()
     }
 
-    /// The places among [`gpu::list`]'s GPUs, of the tree's GPUs by address.
+    /// The addresses of the GPUs that are left.
     fn visible(&self, list: &str) -> Vec<String> {
         let config = Config { cuda_visible_devices: Some(list.into()), ..Config::default() };
         addresses(&gpu::list(&self.host, &config))
@@ -447,7 +447,9 @@ proptest! {
     }
 
     #[test]
-    fn any_list_of_visible_gpus_is_a_choice(list in "(-?[0-9]{0,3}|GPU-0*a?[0-3]?|[^,]{0,4})(,(-?[0-3]?|GPU-0*a?[0-3]?|\\PC{0,4})){0,5}") {
+    fn any_list_of_visible_gpus_is_a_choice(
+        list in "(-?[0-9]{0,3}|GPU-0*a?[0-3]?|[^,]{0,4})(,(-?[0-3]?|GPU-0*a?[0-3]?|\\PC{0,4})){0,5}",
+    ) {
         thread_local!(static TREE: Tree = {
             let tree = Tree::new();
             for bus in 0..4 {

@@ -30,8 +30,8 @@ fn no_device_is_no_error() {
     assert_eq!(discover(&config("nonsense")).expect("it is none"), Topology::default());
 }
 
-/// The NICs of an emulated instance: buses of the NICs that are behind each PCI switch, how many GPUs are there too, and
-/// Gbit/s of a NIC. The first half of the switches is of NUMA node 0.
+/// An emulated instance: the NICs behind each PCI switch, how many GPUs are there too, and Gbit/s of a NIC. The first
+/// half of the switches is of NUMA node 0.
 fn instance(name: &str) -> Option<(Vec<Vec<String>>, usize, u32)> {
     let behind = |first: &[u32], each: u32| {
         let nics =
