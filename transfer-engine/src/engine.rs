@@ -299,6 +299,7 @@ impl Engine {
             return Err(Error::new(Code::NotImplemented, text));
         }
         let given = matrix.map(Topology::from_json).transpose()?;
+        let asked = given.as_ref().map(Topology::devices);
         let (protocol, provider, topology) = match protocol {
             EFA => {
                 let topology = given.unwrap_or_else(|| self.topology.lock().clone());
@@ -335,6 +336,18 @@ impl Engine {
             host: Some(Box::new(Guide(self.shared.metadata.clone()))),
             observer: None,
         })?;
+        // Without one of them all that there are would be used, which is not what was asked for.
+        if let Some(asked) =
+            asked.filter(|asked| !asked.iter().any(|nic| transport.nic_names().contains(nic)))
+        {
+            let text = format!(
+                "none of the NICs of the priority matrix ({}) is one of provider {}, which has {}",
+                asked.join(", "),
+                transport.provider(),
+                transport.nic_names().join(", ")
+            );
+            return Err(Error::new(Code::DeviceNotFound, text));
+        }
         let memory = self.memory.lock().clone();
         let known: Vec<_> =
             memory.iter().map(|(memory, place)| (memory.clone(), &**place)).collect();
