@@ -107,3 +107,39 @@ pub(super) fn uri(text: &str) -> Result<Uri, String> {
         None => Err("no host".to_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// What a client that takes 1000 bytes makes of an answer.
+    fn answered(answer: String) -> Result<Answer, String> {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("http://{}/", listener.local_addr().unwrap());
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write_all(answer.as_bytes());
+        });
+        let answer = Client::new(1000).call(Method::GET, &uri, None);
+        server.join().unwrap();
+        answer
+    }
+
+    #[test]
+    fn answers_are_limited() {
+        let announced = |announced: usize, sent: usize| {
+            let body = "x".repeat(sent);
+            answered(format!("HTTP/1.1 200 OK\r\nContent-Length: {announced}\r\n\r\n{body}"))
+        };
+        assert_eq!(announced(1000, 1000).unwrap().body.len(), 1000);
+        assert!(announced(1001, 0).err().unwrap().contains("announces 1001 bytes, at most 1000"));
+        assert!(announced(1000, 999).is_err(), "cut off");
+        let until_the_end = |sent| answered(format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(sent)));
+        assert_eq!(until_the_end(1000).unwrap().body.len(), 1000);
+        assert!(until_the_end(1001).err().unwrap().contains("too long, at most 1000 bytes"));
+    }
+}

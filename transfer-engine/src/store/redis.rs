@@ -338,6 +338,18 @@ mod tests {
         }
     }
 
+    #[test]
+    fn answers_are_limited() {
+        let most = MAX_TEXT as u64;
+        let of = |length: u64| {
+            let bytes = io::repeat(b'x').take(length).chain(&b"\r\n"[..]);
+            parse(format!("${length}\r\n").as_bytes().chain(bytes)).map_err(|why| why.to_string())
+        };
+        assert_eq!(value(of(most).unwrap()).unwrap().unwrap().len() as u64, most);
+        assert!(value(of(most + 1).unwrap()).unwrap_err().contains("at most 67108864"));
+        assert!(of(10 << 30).unwrap_err().contains("too long, at most"));
+    }
+
     proptest! {
         #[test]
         fn any_answer_is_read(answer in prop::collection::vec(any::<u8>(), 0..100)) {
