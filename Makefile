@@ -57,6 +57,8 @@ test-mooncake: build ## the published Mooncake with our transport in it; PYTEST_
 	$(ENV) cmake -S . -B build -DMOONCAKE_EFA_BUILD_SWAP=ON -DMOONCAKE_EFA_BUILD_TESTS=OFF
 	$(ENV) cmake --build build --target mooncake_efa_swap
 	.tools/mooncake/bin/pytest tests/mooncake $(PYTEST_ARGS)
+	@# Our client of the wheel's HTTP metadata server.
+	$(ENV) MEFA_TEST_MOONCAKE=1 $(CARGO) test $(CARGO_FLAGS) --release --workspace --test stores wheel
 
 fuzz: ## the fuzz targets, FUZZ_SECONDS (60) each; see docs/fuzzing.md
 	@scripts/setup fuzz
