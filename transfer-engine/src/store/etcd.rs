@@ -15,7 +15,7 @@ use serde::Deserialize;
 use serde_json::json;
 use ureq::http::Method;
 
-use super::client::{self, Client};
+use super::client::{self, Answer, Client};
 use super::{Store, failed, said, text};
 
 /// Most bytes of an answer: a value in base64, and what is around it.
@@ -58,14 +58,9 @@ impl Etcd {
                 }
                 // It is there, and another would refuse as well.
                 Ok(answer) if answer.status < 500 => {
-                    return Err(self.failed(
-                        server,
-                        name,
-                        key,
-                        refusal(answer.status, &answer.body),
-                    ));
+                    return Err(self.failed(server, name, key, refusal(&answer)));
                 }
-                Ok(answer) => failures.push((server, refusal(answer.status, &answer.body))),
+                Ok(answer) => failures.push((server, refusal(&answer))),
                 Err(why) => failures.push((server, why)),
             }
         }
@@ -94,14 +89,16 @@ fn server(name: &str) -> Result<String> {
     Ok(if uri.port().is_some() { text.to_owned() } else { format!("{text}:{PORT}") })
 }
 
-fn refusal(status: u16, body: &[u8]) -> String {
+fn refusal(answer: &Answer) -> String {
     #[derive(Deserialize)]
     struct Refusal {
         error: String,
     }
-    match serde_json::from_slice::<Refusal>(body) {
-        Ok(refusal) => format!("it answered {status} {:?}", said(refusal.error.as_bytes())),
-        Err(_) => format!("it answered {status} {:?}", said(body)),
+    match serde_json::from_slice::<Refusal>(&answer.body) {
+        Ok(refusal) => {
+            format!("it answered {} {:?}", answer.status, said(refusal.error.as_bytes()))
+        }
+        Err(_) => answer.refusal(),
     }
 }
 
@@ -187,13 +184,14 @@ mod tests {
         #[test]
         fn any_answer_is_read(answer in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = value(&answer);
-            let _ = refusal(500, &answer);
+            let _ = refusal(&Answer { status: 500, body: answer });
         }
 
         #[test]
         fn any_answer_that_looks_like_one_is_read(value_64 in "[A-Za-z0-9+/=]{0,40}", end in ".{0,8}") {
             let _ = value(format!("{{\"kvs\":[{{\"value\":\"{value_64}\"}}]}}{end}").as_bytes());
-            let _ = refusal(400, format!("{{\"error\":\"{value_64}\"}}{end}").as_bytes());
+            let body = format!("{{\"error\":\"{value_64}\"}}{end}").into_bytes();
+            let _ = refusal(&Answer { status: 400, body });
         }
     }
 }
