@@ -17,6 +17,12 @@ go)
     export CGO_CFLAGS="-I$root/include" CGO_LDFLAGS="-L$libraries" GOCACHE="$work/cache" GO111MODULE=off
     go build -o "$work/example" "$root/examples/go/transfer_engine.go"
     ;;
+readme)
+    sed -n '/^## Mooncake.s C interface/,/^## What is where/{/^```c$/,/^```$/p}' "$root/README.md" | sed '/^```/d' >"$work/readme.c"
+    cc -Wall -Wextra -Werror -I"$root/include" "$work/readme.c" -L"$libraries" -ltransfer_engine -o "$work/example"
+    "$work/example" | grep -x verified
+    exit
+    ;;
 python)
     needs python3
     exec python3 "$root/examples/python/transfer_engine.py" "$protocol"
