@@ -43,6 +43,12 @@ class TransferEngine:
         return self.lib.unregisterLocalMemoryBatch(self.engine, (ctypes.c_void_p * len(addresses))(*addresses),
                                                    len(addresses))
 
+    def enable_graceful_shutdown(self):
+        self.lib.enableGracefulShutdown(self.engine)
+
+    def open_segment(self, name):
+        return self.lib.openSegment(self.engine, name.encode())
+
     def warmup_efa_segment(self, name):
         return self.lib.warmupEfaSegment(self.engine, name.encode())
 

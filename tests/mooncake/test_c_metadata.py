@@ -1,6 +1,7 @@
 """With a metadata server between them: the wheel's engine and Mooncake's C interface find each other by the keys and JSON that
 both have."""
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import harness
 from harness import KiB, LONG, Memory, MiB
 from test_c_api import KINDS, variables
 
@@ -33,7 +35,13 @@ def etcd(directory, port):
             "--initial-cluster", f"default={peers}"], f"etcd://127.0.0.1:{port}"
 
 
-@pytest.fixture(scope="module", params=[http, etcd])
+def redis(directory, port):
+    program = shutil.which("redis-server")
+    assert program, "redis-server is missing: scripts/setup test installs it"
+    return [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", directory], f"redis://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module", params=[http, etcd, redis])
 def metadata(request, tmp_path_factory):
     """A metadata server, and how engines are told where it is."""
     directory, port = tmp_path_factory.mktemp("metadata"), free_port()
@@ -57,6 +65,8 @@ def metadata(request, tmp_path_factory):
 
 @pytest.mark.parametrize("kinds", KINDS)
 def test_they_find_each_other(start, fabric, metadata, kinds):
+    if metadata.startswith("redis:") and "w" in KINDS[kinds]:
+        pytest.skip("the wheel is built without Redis")
     pair = []
     for host, kind in enumerate(KINDS[kinds]):
         peer = start(fabric, host, MC_TCP_BIND_ADDRESS="127.0.0.1", **variables(kind))
@@ -85,3 +95,31 @@ def test_nobody_of_that_name(start, fabric, metadata):
     with Memory(peer, 64) as ours:
         assert peer.call("transfer_sync_write", "nobody", ours.address, ours.address, 64) != 0
     assert "segment nobody is not in the metadata" in peer.stderr()
+
+
+@pytest.mark.parametrize("signal", [signal.SIGTERM, signal.SIGINT])
+def test_graceful_shutdown(start, metadata, signal):
+    fabric = harness.Software()
+    peers = [start(fabric, MC_TCP_BIND_ADDRESS="127.0.0.1", **variables("c")) for _ in range(2)]
+    for i, peer in enumerate(peers):
+        assert peer.start_engine(metadata=metadata, name=f"127.0.0.{i + 2}:{free_port()}") == 0
+    near, far = peers
+    far.call("enable_graceful_shutdown")
+    assert near.call("open_segment", far.name) > 0
+    far.process.send_signal(signal)
+    assert far.process.wait(LONG) == 128 + signal
+    # Another engine, which does not know it yet.
+    assert near.start_engine(on="second", metadata=metadata, name=f"127.0.0.4:{free_port()}") == 0
+    assert near.call("open_segment", far.name, on="second") == -1
+    assert f"segment {far.name} is not in the metadata" in near.stderr()
+
+
+def test_destroyed(start, metadata):
+    peer = start(harness.Software(), MC_TCP_BIND_ADDRESS="127.0.0.1", **variables("c"))
+    for on in "engine", "other":
+        assert peer.start_engine(on=on, metadata=metadata, name=f"127.0.0.2:{free_port()}") == 0
+    name = peer.name
+    assert peer.call("open_segment", name) > 0
+    peer.ask("drop", name="other")
+    assert peer.start_engine(on="third", metadata=metadata, name=f"127.0.0.2:{free_port()}") == 0
+    assert peer.call("open_segment", name, on="third") == -1

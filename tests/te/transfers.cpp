@@ -311,6 +311,26 @@ TEST_P(Transfers, DestroyedWhileInUse) {
     }
 }
 
+// EFA where there is EFA, and TCP elsewhere.
+TEST_P(Transfers, AutoDiscover) {
+    if (provider() == "shm") return; // as efa, for this
+    Memory memory(2 * MiB);
+    Engine engine("P2PHANDSHAKE", HOST, 1);
+    ASSERT_TRUE(engine);
+    ASSERT_EQ(registerLocalMemory(engine, memory.data(), memory.size(), "*", 1), 0);
+    pattern_fill(memory.data(), MiB, 2, 0);
+    ASSERT_EQ(engine.run(OPCODE_WRITE, memory.data(), LOCAL_SEGMENT, memory.at(MiB), MiB), STATUS_COMPLETED);
+    EXPECT_EQ(pattern_differs(memory.data() + MiB, MiB, 2, 0), MiB);
+    const bool efa = provider() == "efa";
+    EXPECT_NE(installTransport(engine, efa ? "efa" : "tcp", nullptr), nullptr) << "it is installed";
+    EXPECT_EQ(installTransport(engine, efa ? "tcp" : "efa", nullptr), nullptr) << "an engine has one";
+    setenv("MC_FORCE_TCP", "1", 1);
+    Engine forced("P2PHANDSHAKE", HOST, 1), asked("P2PHANDSHAKE", HOST, 0);
+    unsetenv("MC_FORCE_TCP");
+    EXPECT_NE(installTransport(forced, "tcp", nullptr), nullptr);
+    EXPECT_EQ(installTransport(asked, "efa", nullptr), nullptr);
+}
+
 // What a program waits for at its start.
 TEST_P(Transfers, FromNothingToTheFirst) {
     Peer peer(provider(), MiB);
