@@ -33,19 +33,21 @@ demo: build ## move and verify memory between two processes, over shared memory 
 test: ## every test: Rust, C, C++, and consumers of the CMake package
 	@scripts/setup build test
 	@$(MAKE) --no-print-directory build
-	$(ENV) $(CARGO) test $(CARGO_FLAGS) --release --workspace
+	@# Which tests preload.
+	$(ENV) $(CARGO) build $(CARGO_FLAGS) --profile quick -p softefa -p softefa-preload
+	$(ENV) $(CARGO) test $(CARGO_FLAGS) --profile quick --workspace
 	bench/test
 	@# The engine's concurrent parts and the emulator's ring, in every order that threads can come in.
 	$(ENV) RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=$(TARGET_DIR)/loom \
-		$(CARGO) test $(CARGO_FLAGS) --release -p mooncake-efa -p softefa --lib -- models loom_tests
+		$(CARGO) test $(CARGO_FLAGS) --profile quick -p mooncake-efa -p softefa --lib -- models loom_tests
 	@# The same between processes on an emulated EFA device, with libfabric's real efa provider.
-	$(ENV) $(SOFTEFA) run --dir $(EFA_DIR) -- $(CARGO) test $(CARGO_FLAGS) --release --workspace --test doors efa
+	$(ENV) $(SOFTEFA) run --dir $(EFA_DIR) -- $(CARGO) test $(CARGO_FLAGS) --profile quick --workspace --test doors efa
 	$(ENV) MEFA_TEST_PROVIDERS=efa $(SOFTEFA) run --dir $(EFA_DIR) -- \
-		$(CARGO) test $(CARGO_FLAGS) --release --workspace --test cli
+		$(CARGO) test $(CARGO_FLAGS) --profile quick --workspace --test cli
 	@# What is discovered on each kind of host.
 	for host in '--nics 4' '--profile p4d' '--profile p5' '--profile p5en' '--profile p6-b200' '--profile p6-b300'; do \
 		rm -rf $(EFA_DIR); $(ENV) $(SOFTEFA) run --dir $(EFA_DIR) $$host -- \
-			$(CARGO) test $(CARGO_FLAGS) --release --workspace --test discovery efa || exit 1; done
+			$(CARGO) test $(CARGO_FLAGS) --profile quick --workspace --test discovery efa || exit 1; done
 	@rm -rf $(EFA_DIR)
 	@# The same under faults, a minute of it.
 	$(SOAK) --minutes 1
@@ -58,7 +60,7 @@ test-mooncake: build ## the published Mooncake with our transport in it; PYTEST_
 	$(ENV) cmake --build build --target mooncake_efa_swap
 	.tools/mooncake/bin/pytest tests/mooncake $(PYTEST_ARGS)
 	@# Our client of the wheel's HTTP metadata server.
-	$(ENV) MEFA_TEST_MOONCAKE=1 $(CARGO) test $(CARGO_FLAGS) --release --workspace --test stores wheel
+	$(ENV) MEFA_TEST_MOONCAKE=1 $(CARGO) test $(CARGO_FLAGS) --profile quick --workspace --test stores wheel
 
 fuzz: ## the fuzz targets, FUZZ_SECONDS (60) each; see docs/fuzzing.md
 	@scripts/setup fuzz

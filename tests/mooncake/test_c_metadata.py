@@ -123,3 +123,22 @@ def test_destroyed(start, metadata):
     peer.ask("drop", name="other")
     assert peer.start_engine(on="third", metadata=metadata, name=f"127.0.0.2:{free_port()}") == 0
     assert peer.call("open_segment", name, on="third") == -1
+
+
+def test_restarted(start, metadata):
+    """Killed, and started again under its name, before the server knows that it is gone."""
+    fabric, name = harness.Software(), f"127.0.0.2:{free_port()}"
+
+    def engine():
+        peer = start(fabric, MC_TCP_BIND_ADDRESS="127.0.0.1", **variables("c"))
+        return peer, peer.start_engine(metadata=metadata, name=name)
+
+    first, code = engine()
+    assert code == 0
+    if metadata.startswith("http:"):  # the others take a key twice
+        second, code = engine()
+        assert code == -1
+        assert f"an engine named {name} answers at 127.0.0.1:" in second.stderr()
+    first.kill()
+    third, code = engine()
+    assert code == 0, third.stderr()

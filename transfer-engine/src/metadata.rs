@@ -97,9 +97,24 @@ impl Metadata {
     }
 
     /// Lets others find the handshake port of a server.
+    ///
+    /// # Errors
+    /// Those of the metadata server. Mooncake's own over HTTP does not take a server's name twice: then it must be one
+    /// whose engine does not answer any more.
     pub fn publish_location(&self, server: &str, location: &Location) -> Result<()> {
         let Some(store) = &self.store else { return Ok(()) };
-        store.put(&self.location_key(server), &json(location))
+        let (key, value) = (self.location_key(server), json(location));
+        let Err(error) = store.put(&key, &value) else { return Ok(()) };
+        let Ok(former) = self.locate(server) else { return Err(error) };
+        if self.send(server, &former, Kind::Probe, "{}").is_ok() {
+            let at = address::join(&former.host, former.port);
+            let text = format!(
+                "an engine named {server} answers at {at} already: every engine needs a name of its own"
+            );
+            return Err(Error::new(Code::Metadata, text));
+        }
+        store.remove(&key)?;
+        store.put(&key, &value)
     }
 
     /// Takes that back, and the server's segment.
