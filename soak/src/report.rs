@@ -114,8 +114,8 @@ fn details(outcome: &Outcome) {
         let mib = |sample: &Sample| sample.own_kib as f64 / 1024.0;
         let all = last.rss_kib as f64 / 1024.0;
         println!(
-            "  {name}: in the first, second and last quarter {:.1}, {:.1} and {:.1} MiB of its own ({all:.1} resident), \
-             {}, {} and {} descriptors, {}, {} and {} threads",
+            "  {name}: in the first, second and last quarter {:.1}, {:.1} and {:.1} MiB of its own \
+             ({all:.1} resident), {}, {} and {} descriptors, {}, {} and {} threads",
             mib(first),
             mib(second),
             mib(last),

@@ -15,8 +15,8 @@ use crate::node::{NodeSpec, Said};
 const PLACE: &str = "/dev/shm";
 const PREFIX: &str = "mefa-soak-";
 /// Smaller queues and tables than a host's, where the environment does not say otherwise: a process touches
-/// 0.4 GiB instead of up to 1.5 when it starts, and some start again and again. A window for messages, which the
-/// transport does not send, is 128 KiB for every NIC of every peer before libfabric 2.3.1, and has 16 entries since 2.5.
+/// 0.4 GiB instead of up to 1.5 when it starts, and some start again and again. And a window for messages, which the
+/// transport does not send, as libfabric has it since 2.5: before, 64 or 128 KiB for every NIC of every peer.
 const SMALL: [(&str, &str); 4] = [
     ("FI_EFA_RX_SIZE", "512"),
     ("FI_EFA_TX_SIZE", "512"),
