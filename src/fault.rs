@@ -48,12 +48,18 @@ pub struct Fault {
     pub class: Class,
     /// The cause, what to do about it where that is known, and the provider's own words. One line.
     pub text: String,
+    /// The peer's endpoint does not exist any more, and none will at its address.
+    pub gone: bool,
 }
 
 /// One kind of error: number, class, cause, remedy or "".
 type Row = (i32, Class, &'static str, &'static str);
 
 use Class::{Ours, Peer, Permanent, Pressure, Rail};
+
+/// The EFA device's word that there is no such endpoint. (Its address has a key drawn at random: another's is
+/// another address.)
+const NO_ENDPOINT: i32 = 9;
 
 /// The remedy where a peer does not answer.
 const LOOK_AT_PEER: &str =
@@ -72,7 +78,7 @@ const EFA: &[Row] = &[
     (7, Permanent, "the peer has no such memory under this key, or not with this access",
         "the peer's memory was unregistered or registered anew: open its segment again"),
     (8, Peer, "the peer reset the connection", "was it restarted?"),
-    (9, Peer, "the peer's endpoint is gone", "was it restarted?"),
+    (NO_ENDPOINT, Peer, "the peer's endpoint is gone", "was it restarted?"),
     (10, Pressure, "the peer had no receive posted", "its process does not make progress: is it stopped?"),
     (11, Permanent, "longer than what the peer has ready for it", ""),
     (12, Peer, "the peer's NIC answered with a status unknown to ours", ""),
@@ -185,23 +191,27 @@ impl Fault {
         let &(_, class, cause, remedy) =
             found.unwrap_or(&(0, Rail, "an error that is not in our table", ""));
         let remedy = if remedy.is_empty() { String::new() } else { format!("; {remedy}") };
-        Self { class, text: format!("{cause}{remedy} [{words}]") }
+        let text = format!("{cause}{remedy} [{words}]");
+        Self { gone: device == Some(NO_ENDPOINT), ..Self::of(class, text) }
+    }
+
+    /// A fault of which no more is known.
+    pub fn of(class: Class, text: impl Into<String>) -> Self {
+        Self { class, text: text.into(), gone: false }
     }
 }
 
 impl Fault {
     /// The fault of a peer that does not answer when it is greeted.
     pub fn unanswered(waited: Duration) -> Self {
-        let text =
-            format!("the peer's NIC did not answer our greeting for {waited:?}; {LOOK_AT_PEER}");
-        Self { class: Peer, text }
+        let words = "the peer's NIC did not answer our greeting for";
+        Self::of(Peer, format!("{words} {waited:?}; {LOOK_AT_PEER}"))
     }
 
     /// The same, seen over a NIC of ours whose port is down: the peer only seems to be silent.
     #[must_use]
     pub fn over_down_port(self) -> Self {
-        let text = format!("the port of our own NIC is down: {}", self.text);
-        Self { class: Rail, text }
+        Self::of(Rail, format!("the port of our own NIC is down: {}", self.text))
     }
 }
 
@@ -262,6 +272,15 @@ mod tests {
         ] {
             assert_eq!(Fault::new(libc::EINVAL, Some(status), "").class, class, "status {status}");
         }
+    }
+
+    #[test]
+    fn only_an_endpoint_that_does_not_exist_is_gone() {
+        let gone = |status| Fault::new(libc::EIO, Some(status), "").gone;
+        let all: Vec<i32> = EFA.iter().map(|row| row.0).filter(|&status| gone(status)).collect();
+        assert_eq!(all, [9]);
+        assert!(!Fault::new(9, None, "").gone, "another provider's");
+        assert!(!Fault::new(libc::EIO, Some(9), "").over_down_port().gone);
     }
 
     #[test]

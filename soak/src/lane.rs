@@ -213,6 +213,8 @@ pub struct Lane {
     /// A peer that is gone, still in the transport, and what to send it there.
     former: Option<(TargetId, u64)>,
     burnt: Vec<Burnt>,
+    /// Of the last peer's memory, for the next one's.
+    spare: Vec<u8>,
 }
 
 impl Lane {
@@ -241,6 +243,7 @@ impl Lane {
             other: None,
             former: None,
             burnt: Vec::new(),
+            spare: Vec::new(),
         })
     }
 
@@ -304,7 +307,8 @@ impl Lane {
         let base = peer.address + self.spec.remote;
         let Ok(memory) = Foreign::open(peer.pid, base) else { return false };
         let first = Pattern::new(self.common.seed, self.number as u64, self.round, 1);
-        let Ok(memory) = Known::new(memory, length, first) else { return false };
+        let spare = std::mem::take(&mut self.spare);
+        let Ok(memory) = Known::reusing(spare, memory, length, first) else { return false };
         let segment = match peer.segment() {
             Ok(segment) => segment,
             Err(error) => {
@@ -352,6 +356,7 @@ impl Lane {
     fn detach(&mut self) {
         if let Some(other) = self.other.take() {
             self.former = Some((other.target, other.peer.address + self.spec.remote));
+            self.spare = other.memory.leave();
             self.burnt.iter_mut().for_each(|burnt| burnt.attached = false);
         }
     }
@@ -828,7 +833,10 @@ impl Lane {
         match self.transport.unregister(former) {
             // Then nothing uses it any more, also where that could not be asked.
             Ok(()) => self.here().link.count(|tally| tally.unquiet -= moves),
-            Err(error) if error.code == Code::Busy => {}
+            Err(error) if error.code == Code::Busy => {
+                let length = u64::from(self.spec.slots) * SLOT;
+                self.here().link.count(|tally| tally.kept += length);
+            }
             Err(error) => self.note("call", &format!("unregister: {error}")),
         }
     }

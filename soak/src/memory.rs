@@ -100,9 +100,25 @@ fn range_of(range: &Range<u64>) -> Range<usize> {
 impl<B: Bytes> Known<B> {
     /// The first `length` bytes, filled with a pattern.
     pub fn new(bytes: B, length: u64, pattern: Pattern) -> io::Result<Self> {
-        let mut known = Self { bytes, should: vec![0; length as usize], scratch: Vec::new() };
+        Self::reusing(Vec::new(), bytes, length, pattern)
+    }
+
+    /// As [`Self::new`], with what another has left: see [`Self::leave`].
+    pub fn reusing(
+        mut should: Vec<u8>,
+        bytes: B,
+        length: u64,
+        pattern: Pattern,
+    ) -> io::Result<Self> {
+        should.resize(length as usize, 0);
+        let mut known = Self { bytes, should, scratch: Vec::new() };
         known.fill(0..length, pattern)?;
         Ok(known)
+    }
+
+    /// What was kept beside it, for the next: memory of that size that comes and goes would look like growth.
+    pub fn leave(self) -> Vec<u8> {
+        self.should
     }
 
     /// The memory itself.

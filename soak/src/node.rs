@@ -22,6 +22,8 @@ use crate::lane::{BATCH, Common, Lane, LaneSpec, Ledger, Shared};
 use crate::peers::{Peer, Peers};
 use crate::tally::{Link, Tally};
 
+/// No page is smaller.
+const PAGE: usize = 4096;
 /// How often a node says how it is.
 const BEAT: Duration = Duration::from_millis(250);
 /// Notes of one kind that are passed on.
@@ -137,6 +139,8 @@ pub fn run(spec: NodeSpec) -> Result<()> {
     })?);
     let served = (spec.serve > 0).then(|| Buffer::new(spec.serve)).transpose()?;
     if let Some(buffer) = &served {
+        // Resident from the beginning, not when the first transfer comes to each place.
+        (0..spec.serve).step_by(PAGE).for_each(|at| buffer.write(at, &[0]));
         transport.register(&[(Memory::from(buffer), "*")])?;
         let descriptor = transport.descriptor().to_json();
         let peer = Peer { pid: std::process::id(), address: buffer.address(), descriptor };

@@ -77,11 +77,12 @@ pub fn print(outcomes: &[Outcome]) {
 
 fn details(outcome: &Outcome) {
     println!("\n{} (seed {})", outcome.scenario, outcome.seed);
-    let Tally { canceled, unchecked, unquiet, .. } = outcome.tally;
+    let Tally { canceled, unchecked, unquiet, kept, .. } = outcome.tally;
     for (count, what) in [
         (canceled, "cancelled"),
         (unchecked, "completed, and their target was killed before it could be looked at"),
         (unquiet, "whose memory was not quiet at the end"),
+        (kept >> 20, "MiB given up for it, and counted apart"),
     ] {
         if count > 0 {
             println!("  {count} {what}");
@@ -110,10 +111,11 @@ fn details(outcome: &Outcome) {
     }
     for (name, growth) in &outcome.resources {
         let Growth { first, second, last, .. } = growth;
-        let mib = |sample: &Sample| sample.rss_kib as f64 / 1024.0;
+        let mib = |sample: &Sample| sample.own_kib as f64 / 1024.0;
+        let all = last.rss_kib as f64 / 1024.0;
         println!(
-            "  {name}: in the first, second and last quarter {:.1}, {:.1} and {:.1} MiB resident, {}, {} and {} \
-             descriptors, {}, {} and {} threads",
+            "  {name}: in the first, second and last quarter {:.1}, {:.1} and {:.1} MiB of its own \
+             ({all:.1} resident), {}, {} and {} descriptors, {}, {} and {} threads",
             mib(first),
             mib(second),
             mib(last),

@@ -501,9 +501,11 @@ impl Show {
     }
 
     fn sample(&mut self) {
+        let devices = self.stage.efa();
         for node in self.nodes.iter_mut().filter(|node| node.lives.is_none()) {
+            let kept = node.beat.links.values().map(|tally| tally.kept).sum();
             let pid = node.process.as_ref().map(Process::pid);
-            node.samples.extend(pid.and_then(Sample::of));
+            node.samples.extend(pid.and_then(|pid| Sample::of(pid, &devices, kept)));
         }
     }
 

@@ -15,9 +15,14 @@ use crate::node::{NodeSpec, Said};
 const PLACE: &str = "/dev/shm";
 const PREFIX: &str = "mefa-soak-";
 /// Smaller queues and tables than a host's, where the environment does not say otherwise: a process touches
-/// 0.4 GiB instead of up to 1.5 when it starts, and some start again and again.
-const SMALL: [(&str, &str); 3] =
-    [("FI_EFA_RX_SIZE", "512"), ("FI_EFA_TX_SIZE", "512"), ("MC_MAX_EP_PER_CTX", "2048")];
+/// 0.4 GiB instead of up to 1.5 when it starts, and some start again and again. And a window for messages, which the
+/// transport does not send, as libfabric has it since 2.5: before, 64 or 128 KiB for every NIC of every peer.
+const SMALL: [(&str, &str); 4] = [
+    ("FI_EFA_RX_SIZE", "512"),
+    ("FI_EFA_TX_SIZE", "512"),
+    ("FI_EFA_RECVWIN_SIZE", "16"),
+    ("MC_MAX_EP_PER_CTX", "2048"),
+];
 /// What begins the names of shared memory of libfabric's that emulated devices have part in.
 const FOREIGN: &str = "fe80::5efa:";
 /// Memory that nobody has mapped for so long is left over.
@@ -95,7 +100,8 @@ impl Stage {
         self.dir.join("peers")
     }
 
-    fn efa(&self) -> PathBuf {
+    /// Where the devices are.
+    pub fn efa(&self) -> PathBuf {
         self.dir.join("efa")
     }
 

@@ -28,6 +28,8 @@ pub struct Tally {
     pub unchecked: u64,
     /// Whose memory the transport has not called quiet, now.
     pub unquiet: u64,
+    /// Bytes of memory that lanes have given up, since the transport did not call it quiet. It stays registered.
+    pub kept: u64,
     /// Bytes of those completed.
     pub bytes: u64,
     /// Time with something under way, milliseconds.
@@ -40,7 +42,8 @@ impl Tally {
     /// Adds another's counts; of stalls the longest counts.
     pub fn add(&mut self, other: &Self) {
         let Self { tried, completed, failed, unexplained, timed_out, canceled, .. } = *other;
-        let Self { lost, corrupted, unchecked, unquiet, bytes, busy_ms, stall_ms, .. } = *other;
+        let Self { lost, corrupted, unchecked, unquiet, kept, bytes, .. } = *other;
+        let Self { busy_ms, stall_ms, .. } = *other;
         self.tried += tried;
         self.completed += completed;
         self.failed += failed;
@@ -51,6 +54,7 @@ impl Tally {
         self.corrupted += corrupted;
         self.unchecked += unchecked;
         self.unquiet += unquiet;
+        self.kept += kept;
         self.bytes += bytes;
         self.busy_ms += busy_ms;
         self.stall_ms = self.stall_ms.max(stall_ms);

@@ -673,7 +673,7 @@ impl Nic for QuickNic {
         for slot in self.posted.drain(..) {
             if self.failures > 0 {
                 self.failures -= 1;
-                failed.push((slot, Fault { class: Class::Rail, text: String::new() }));
+                failed.push((slot, Fault::of(Class::Rail, "")));
             } else {
                 completed.push(slot);
             }
@@ -681,7 +681,7 @@ impl Nic for QuickNic {
     }
 
     fn explain(&self, _: i32) -> Fault {
-        Fault { class: Class::Ours, text: String::new() }
+        Fault::of(Class::Ours, "")
     }
 }
 

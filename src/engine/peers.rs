@@ -27,6 +27,8 @@ pub(super) struct Peer {
     users: u32,
     /// It is to be connected anew when nothing is in flight to it, and not [`Self::met`] until then.
     pub broken: bool,
+    /// Its endpoint does not exist any more: without users it is of no use.
+    gone: bool,
     /// Taken from the rail's queue, and kept until the peer may have more in flight.
     pub waiting: VecDeque<Span>,
     /// Poll up to which the provider is not asked to take more for it.
@@ -41,6 +43,11 @@ impl Peer {
     /// Whether one more operation may be posted to it, with `free` slots left.
     pub fn may_fly(&self, free: usize) -> bool {
         (self.flying as usize) < THRESHOLD * free
+    }
+
+    /// It need not be kept when nobody uses it: it cannot be transferring to us.
+    fn is_useless(&self) -> bool {
+        self.broken || self.gone
     }
 
     fn is_quiet(&self) -> bool {
@@ -60,8 +67,8 @@ pub(super) struct Peers {
     unused: VecDeque<PeerIndex>,
     /// How many of them may stay.
     keep: usize,
-    /// Some of them may be broken.
-    broken: bool,
+    /// Some of them may be broken or gone.
+    useless: bool,
     /// Those that could not be connected anew.
     lost: Vec<PeerIndex>,
     /// Peers with something waiting, in turn.
@@ -76,7 +83,7 @@ impl Peers {
             by_address: HashMap::new(),
             unused: VecDeque::new(),
             keep,
-            broken: false,
+            useless: false,
             lost: Vec::new(),
             blocked: VecDeque::new(),
         }
@@ -124,6 +131,7 @@ impl Peers {
             flying: 0,
             users: 1,
             broken: false,
+            gone: false,
             waiting: VecDeque::new(),
             held_until: 0,
             met: false,
@@ -148,7 +156,7 @@ impl Peers {
         let peer = self.at(index);
         peer.users -= 1;
         if peer.users == 0 {
-            self.broken |= peer.broken;
+            self.useless |= peer.is_useless();
             self.unused.push_back(index);
         }
     }
@@ -157,7 +165,13 @@ impl Peers {
     pub fn set_broken(&mut self, index: PeerIndex) {
         let peer = self.at(index);
         (peer.broken, peer.met) = (true, false);
-        self.broken = true;
+        self.useless = true;
+    }
+
+    /// The peer's endpoint does not exist any more.
+    pub fn set_gone(&mut self, index: PeerIndex) {
+        self.at(index).gone = true;
+        self.useless = true;
     }
 
     /// Connects a broken peer anew, to which nothing is in flight.
@@ -189,20 +203,20 @@ impl Peers {
         }
     }
 
-    /// Forgets peers without users: those that are broken, and the oldest if there are too many. Only what is
+    /// Forgets peers without users: those that are broken or gone, and the oldest if there are too many. Only what is
     /// quiet: nothing in flight, waiting, or (`queued`) on its way to be posted.
     pub fn forget(&mut self, nic: &mut impl Nic, queued: impl Fn(PeerIndex) -> bool) {
         let mut surplus = self.unused.len().saturating_sub(self.keep);
-        if surplus == 0 && !self.broken {
+        if surplus == 0 && !self.useless {
             return;
         }
-        self.broken = false;
+        self.useless = false;
         for _ in 0..self.unused.len() {
             let index = self.unused.pop_front().expect("counted");
             let peer = self.at(index);
-            let broken = peer.broken;
-            if !(broken || surplus > 0) || !peer.is_quiet() || queued(index) {
-                self.broken |= broken;
+            let useless = peer.is_useless();
+            if !(useless || surplus > 0) || !peer.is_quiet() || queued(index) {
+                self.useless |= useless;
                 self.unused.push_back(index);
                 continue;
             }

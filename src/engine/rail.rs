@@ -202,7 +202,7 @@ impl<N: Nic> Posting<'_, N> {
     #[cold]
     fn unreachable(&mut self, peer: &mut Peer, error: &Error) {
         for span in std::mem::take(&mut peer.waiting) {
-            self.refused(&span, Fault { class: Class::Rail, text: error.text.clone() });
+            self.refused(&span, Fault::of(Class::Rail, error.text.clone()));
         }
     }
 
@@ -596,7 +596,7 @@ impl<N: Nic> Rail<N> {
         *polls += 1;
         completed.clear();
         nic.poll(completed, failed);
-        let mut land = |slot: u32, broke: bool| {
+        let mut land = |slot: u32, fault: Option<&Fault>| {
             let flight = flights.get_mut(slot as usize).filter(|it| it.state != State::Free);
             let Some(flight) = flight else {
                 add(&self.counters.strays, 1);
@@ -607,15 +607,18 @@ impl<N: Nic> Rail<N> {
             (peer.flying, peer.held_until) = (peer.flying - 1, 0);
             let landed = *flight;
             flight.state = State::Free;
-            if broke {
+            if fault.is_some() && self.connects {
                 peers.set_broken(landed.peer);
+            }
+            if fault.is_some_and(|fault| fault.gone) {
+                peers.set_gone(landed.peer);
             }
             Some(landed)
         };
         let ailing = shared.is_ailing(now);
         let (mut count, mut written, mut read) = (0, 0, 0);
         let mut ends = Ends::new(self, shared, &mut outcome.ended);
-        for flight in completed.iter().filter_map(|&slot| land(slot, false)) {
+        for flight in completed.iter().filter_map(|&slot| land(slot, None)) {
             count += 1;
             let length = u64::from(flight.length);
             *(if flight.state == State::Write { &mut written } else { &mut read }) += length;
@@ -632,7 +635,7 @@ impl<N: Nic> Rail<N> {
         }
         let events = completed.len() + failed.len();
         for (slot, fault) in failed.drain(..) {
-            let Some(flight) = land(slot, self.connects) else { continue };
+            let Some(flight) = land(slot, Some(&fault)) else { continue };
             add(&self.counters.faults[fault.class as usize], 1);
             outcome.broken.push(Broken {
                 rail: self.index,
@@ -813,8 +816,8 @@ impl<N: Nic> Rail<N> {
         driver.taken.retain(&mut keep);
         self.queue.lock().retain(&mut keep);
         driver.peers.take_orphans(|span| {
-            let text = "the peer's descriptor was replaced before it had answered".to_owned();
-            self.refused(&span, Fault { class: Class::Peer, text }, outcome);
+            let text = "the peer's descriptor was replaced before it had answered";
+            self.refused(&span, Fault::of(Class::Peer, text), outcome);
         });
     }
 

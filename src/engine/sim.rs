@@ -42,6 +42,7 @@ pub(super) struct World {
 /// Errnos of the simulated NIC, one for each class.
 pub(super) const PERMANENT: i32 = 5;
 pub(super) const PEER: i32 = 13;
+pub(super) const GONE: i32 = 9;
 pub(super) const RAIL: i32 = 2;
 pub(super) const PRESSURE: i32 = 10;
 pub(super) const OURS: i32 = 22;
@@ -162,11 +163,11 @@ impl Nic for SimNic {
     fn explain(&self, errno: i32) -> Fault {
         let class = match errno {
             PERMANENT => Class::Permanent,
-            PEER => Class::Peer,
+            PEER | GONE => Class::Peer,
             RAIL => Class::Rail,
             PRESSURE => Class::Pressure,
             _ => Class::Ours,
         };
-        Fault { class, text: format!("error {errno}") }
+        Fault { gone: errno == GONE, ..Fault::of(class, format!("error {errno}")) }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 
-use super::sim::{LOCAL, OURS, PEER, PERMANENT, PRESSURE, RAIL, REMOTE, SimNic, World};
+use super::sim::{GONE, LOCAL, OURS, PEER, PERMANENT, PRESSURE, RAIL, REMOTE, SimNic, World};
 use super::*;
 use crate::fabric::Buffer;
 
@@ -1130,6 +1130,30 @@ fn peers_that_come_and_go_leave_nothing_behind() {
         assert!(known(&bench) <= 3, "two that may stay, and one more");
     }
     assert_eq!(bench.world.lock().peers.len(), known(&bench));
+}
+
+#[test]
+fn a_peer_whose_endpoint_is_gone_is_not_kept() {
+    let bench = Bench::new(1, 16, 1 << 20, true);
+    let known = || bench.engine.rails[0].peers(&bench.engine.shared);
+    for (address, errno, is_kept) in [(10, GONE, 0), (11, PEER, 1), (12, GONE, 0), (13, 0, 1)] {
+        let before = known();
+        let segment = RemoteSegment {
+            nics: vec![RemoteNic { name: "n".into(), address: Some(Box::new([address])) }],
+            ..remote_segment(1)
+        };
+        let target = bench.engine.add_target(segment).expect("target");
+        let batch = bench.engine.allocate_batch(2).expect("batch");
+        let requests = [0, 1].map(|i| Request { target, ..bench.request(true, i * 8192, 4096, i) });
+        bench.submit(batch, &requests).expect("started");
+        bench.world.lock().end(0, 0, errno);
+        bench.engine.progress(bench.now);
+        bench.engine.remove_target(target).expect("closed");
+        assert_eq!(known(), before + 1, "something is in flight to {address}");
+        bench.end_on(0, errno);
+        bench.engine.progress(bench.now);
+        assert_eq!(known(), before + is_kept, "{address}");
+    }
 }
 
 #[test]

@@ -557,6 +557,6 @@ impl Nic for WorldNic {
             OURS => Class::Ours,
             other => panic!("errno {other}"),
         };
-        Fault { class, text: format!("error {errno}") }
+        Fault::of(class, format!("error {errno}"))
     }
 }
