@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use proptest::prelude::*;
 
 use super::sim::{LOCAL, OURS, PEER, PERMANENT, PRESSURE, RAIL, REMOTE, SimNic, World};
 use super::*;
@@ -697,125 +696,6 @@ fn a_failure_ends_what_a_handshake_told() {
     fail();
     assert!(!submit(10));
     bench.settle();
-}
-
-#[derive(Clone, Debug)]
-enum Step {
-    Submit { count: u8, length: u32, merge_next: bool },
-    End { which: u16, errno: i32 },
-    Pass { nanoseconds: u32 },
-    Cancel { which: u8 },
-    Again(bool),
-}
-
-/// Mostly none.
-fn errnos() -> impl Strategy<Value = i32> {
-    prop_oneof![8 => Just(0), 2 => prop::sample::select(&[PERMANENT, PEER, RAIL, PRESSURE, OURS][..])]
-}
-
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let step = prop_oneof![
-        4 => (1..6_u8, 0..40_000_u32, any::<bool>())
-            .prop_map(|(count, length, merge_next)| Step::Submit { count, length, merge_next }),
-        6 => (any::<u16>(), errnos()).prop_map(|(which, errno)| Step::End { which, errno }),
-        1 => (0..50_000_000_u32).prop_map(|nanoseconds| Step::Pass { nanoseconds }),
-        1 => any::<u8>().prop_map(|which| Step::Cancel { which }),
-        1 => any::<bool>().prop_map(Step::Again),
-    ];
-    prop::collection::vec(step, 1..60)
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
-
-    /// Whatever happens: every task ends exactly once, a completed one has its bytes in place, and
-    /// in the end nothing is held.
-    #[test]
-    fn random_histories(
-        steps in steps(),
-        nics in 1..4_usize,
-        depth in 1..6_u32,
-        slice in 1000..20_000_u64,
-        merge in any::<bool>(),
-        tries in 1..4_u8,
-    ) {
-        let mut bench = Bench::with_tries(nics, depth, slice, merge, tries);
-        let mut batches: Vec<(BatchId, Vec<Request>)> = Vec::new();
-        let (mut offset, mut cookie) = (0, 0);
-        for step in steps {
-            match step {
-                Step::Submit { count, length, merge_next } => {
-                    let batch = bench.engine.allocate_batch(u32::from(count)).expect("batch");
-                    let mut requests = Vec::new();
-                    for _ in 0..count {
-                        let length = u64::from(length);
-                        if offset + length + 1 > SIZE {
-                            break;
-                        }
-                        requests.push(bench.request(true, offset, length, cookie));
-                        offset += length + u64::from(!merge_next);
-                        cookie += 1;
-                    }
-                    let deadline = bench.now + 100_000_000;
-                    bench.submit_until(batch, &requests, deadline).expect("good requests");
-                    batches.push((batch, requests));
-                }
-                Step::End { which, errno } => {
-                    let mut world = bench.world.lock();
-                    let total = world.in_flight();
-                    if total > 0 {
-                        let mut which = usize::from(which) % total;
-                        let nic = *world.flying.iter().find(|(_, ops)| {
-                            let here = which < ops.len();
-                            if !here { which -= ops.len(); }
-                            here
-                        }).expect("within the total").0;
-                        world.end(nic, which, errno);
-                    }
-                    drop(world);
-                    bench.engine.progress(bench.now);
-                }
-                Step::Pass { nanoseconds } => {
-                    bench.now += u64::from(nanoseconds);
-                    bench.engine.progress(bench.now);
-                }
-                Step::Cancel { which } => {
-                    if let Some((batch, _)) = batches.get(usize::from(which)) {
-                        bench.engine.cancel(*batch, bench.now).expect("a batch");
-                    }
-                }
-                Step::Again(again) => bench.world.lock().again = again,
-            }
-        }
-        bench.world.lock().again = false;
-        bench.settle();
-        let seen = bench.seen.lock();
-        prop_assert_eq!(seen.len() as u64, cookie);
-        for (batch, requests) in &batches {
-            for (task, request) in requests.iter().enumerate() {
-                let (status, bytes) = bench.engine.task_status(*batch, task as u32).expect("task");
-                let ends = &seen[&request.cookie];
-                prop_assert_eq!(ends.len(), 1);
-                prop_assert_eq!((ends[0].status, ends[0].bytes), (status, bytes));
-                prop_assert!(status.is_final());
-                if status == Status::Completed {
-                    let world = bench.world.lock();
-                    let start = (request.local - LOCAL) as usize;
-                    let range = start..start + request.length as usize;
-                    prop_assert!(world.remote[range.clone()] == world.local[range]);
-                }
-            }
-            prop_assert!(bench.engine.is_quiet(*batch).expect("batch"));
-            bench.engine.free_batch(*batch).expect("freed");
-        }
-        for rail in 0..nics {
-            prop_assert_eq!(bench.engine.load(rail), 0);
-            prop_assert_eq!(bench.engine.counters(rail).strays, 0);
-        }
-        for part in 0..4 {
-            bench.engine.unregister(LOCAL + part * SIZE / 4).expect("nothing uses it");
-        }
-    }
 }
 
 #[test]
