@@ -47,7 +47,8 @@ pub trait Nic: Send {
     /// Ends a registration. Nothing in flight may use it.
     fn unregister(&mut self, region: u32) -> Result<()>;
 
-    /// Makes a peer reachable by its endpoint's address; the same peer for the same address.
+    /// Makes a peer reachable by its endpoint's address; the same peer for the same address. Refuses with
+    /// [`Code::Endpoint`](crate::error::Code::Endpoint) where there may be no room for another.
     fn connect(&mut self, address: &[u8]) -> Result<PeerAddress>;
 
     /// Forgets a peer; nothing is in flight to it. Its address may be connected again, as another peer.

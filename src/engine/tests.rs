@@ -1013,6 +1013,50 @@ fn peers_that_come_and_go_leave_nothing_behind() {
 }
 
 #[test]
+fn a_device_that_is_full_forgets_peers_without_users() {
+    let bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
+    let engine = &bench.engine;
+    let segment = |address: u8| RemoteSegment {
+        nics: vec![RemoteNic { name: "n".into(), address: Some(Box::new([address])) }],
+        ..remote_segment(1)
+    };
+    // Two that stay known without users, the older one with an operation in flight, and a third with one.
+    let batch = engine.allocate_batch(1).expect("batch");
+    for address in [101, 102] {
+        let target = engine.add_target(segment(address)).expect("target");
+        if address == 101 {
+            let request = Request { target, ..bench.request(true, 0, 4096, 0) };
+            bench.submit(batch, &[request]).expect("started");
+        }
+        engine.warm_up(target).expect("connected");
+        engine.remove_target(target).expect("closed");
+    }
+    let third = engine.add_target(segment(103)).expect("target");
+    engine.warm_up(third).expect("connected");
+    let peers = || bench.world.lock().peers.iter().map(|&(_, peer)| peer).collect::<Vec<_>>();
+    assert_eq!(peers(), [101, 102, 103]);
+    bench.world.lock().room = Some(3);
+    // Room is where nobody needs it.
+    let fourth = engine.add_target(segment(104)).expect("target");
+    engine.warm_up(fourth).expect("connected");
+    assert_eq!(peers(), [101, 103, 104]);
+    // There is none, and what is used stays.
+    let fifth = engine.add_target(segment(105)).expect("target");
+    assert!(
+        matches!(engine.warm_up(fifth), Err(Refusal::Error(error)) if error.text.contains("no room"))
+    );
+    assert_eq!(peers(), [101, 103, 104]);
+    bench.settle();
+    // Not for an address that cannot be one.
+    bench.world.lock().bad_address = Some(105);
+    assert!(engine.warm_up(fifth).is_err());
+    assert_eq!(peers(), [101, 103, 104]);
+    bench.world.lock().bad_address = None;
+    engine.warm_up(fifth).expect("connected");
+    assert_eq!(peers(), [103, 104, 105]);
+}
+
+#[test]
 fn what_is_tried_again_does_not_go_to_another_peer_in_its_targets_place() {
     let mut bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
     let batch = bench.engine.allocate_batch(1).expect("batch");
