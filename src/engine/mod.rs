@@ -597,6 +597,35 @@ impl<N: Nic> Engine<N> {
         }
     }
 
+    /// Replaces what is known of a peer that lacks a range ([`Refusal::NotThere`]) by what `fetch` gives for its name,
+    /// unless that was done since the submission, at `since`, by another thread: one asks for all. What was asked
+    /// for in vain is not asked for again at once, by nobody. Whether to submit again.
+    ///
+    /// # Errors
+    /// Those of `fetch`.
+    pub fn refresh_target(
+        &self,
+        id: TargetId,
+        since: u64,
+        clock: impl Fn() -> u64,
+        fetch: impl FnOnce(&str) -> Result<RemoteSegment>,
+    ) -> Result<bool> {
+        let before = self.target(id)?;
+        let mut asked = before.faults.asked.lock();
+        let now = clock();
+        if asked.is_newer(since) {
+            return Ok(true);
+        }
+        if !asked.may_ask(now) {
+            return Ok(false);
+        }
+        let updated = fetch(&before.name).and_then(|newer| self.update_target(id, newer));
+        let after = updated.and_then(|()| self.target(id));
+        let new = |after: &Arc<Target>| !after.regions.iter().eq(before.regions.iter());
+        asked.ask(now, after.as_ref().is_ok_and(new));
+        after.map(|_| true)
+    }
+
     /// Forgets a peer. Transfers under way are not touched.
     pub fn remove_target(&self, id: TargetId) -> Result<()> {
         let slot = self.target_slot(id)?;

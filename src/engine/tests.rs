@@ -1057,6 +1057,64 @@ fn a_device_that_is_full_forgets_peers_without_users() {
 }
 
 #[test]
+fn a_descriptor_is_asked_for_while_that_brings_something_new() {
+    let bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
+    let asks = Cell::new(0);
+    // A submission at `since`, refused at `now`; what the host answers then.
+    let refused = |since: u64, now: u64, answer: Result<RemoteSegment>| {
+        bench.engine.refresh_target(
+            bench.target,
+            since,
+            || now,
+            |name| {
+                assert_eq!(name, "far:1");
+                asks.set(asks.get() + 1);
+                answer
+            },
+        )
+    };
+    let asked = |since, now, answer| {
+        let before = asks.get();
+        (refused(since, now, answer).is_ok_and(|again| again), asks.get() - before)
+    };
+    let mut grown = remote_segment(1);
+    let mut grow = || {
+        let last = grown.buffers.last().expect("one").clone();
+        let address = last.address + 2 * last.length;
+        grown.buffers.push(RemoteBuffer { address, ..last });
+        Ok(grown.clone())
+    };
+    // A peer that registers more and more is asked each time; by one, for all who came before that.
+    for now in 10..20 {
+        assert_eq!(asked(now, now, grow()), (true, 1));
+        assert_eq!(asked(now - 1, now, grow()), (true, 0), "another thread");
+    }
+    // Who asks in vain does not at once again, and always later.
+    let same = || Ok(grown.clone());
+    let start = 100 * MS;
+    let seen: Vec<_> = (0..10_000)
+        .map(|i| asked(start + i * MS, start + i * MS, same()))
+        .filter(|it| it.1 > 0)
+        .collect();
+    assert!((10..25).contains(&seen.len()), "{} asked in 10 s", seen.len());
+    // So does one whose host fails.
+    let start = start + 20_000 * MS;
+    let fail = || Err(Error::new(Code::Metadata, "no answer"));
+    let before = asks.get();
+    (0..10_000).for_each(|i| drop(refused(start + i * MS, start + i * MS, fail())));
+    assert!((10..25).contains(&(asks.get() - before)), "{} asked in 10 s", asks.get() - before);
+    // Long after, it is at once; and from then on, if there was something new.
+    let start = start + 20_000 * MS;
+    let (first, second, third) = (start, start + 1, start + 2);
+    let mut more = grown.clone();
+    more.buffers.pop();
+    assert_eq!(asked(first, first, Ok(more)), (true, 1));
+    assert_eq!(asked(second, second, same()), (true, 1));
+    assert_eq!(asked(third, third, same()), (true, 1));
+    assert_eq!(asked(third + 1, third + 1, same()), (false, 0));
+}
+
+#[test]
 fn what_is_tried_again_does_not_go_to_another_peer_in_its_targets_place() {
     let mut bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
     let batch = bench.engine.allocate_batch(1).expect("batch");

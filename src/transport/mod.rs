@@ -465,7 +465,7 @@ impl Transport {
 
     /// Connects every NIC to every NIC of a segment, so that the first transfer does not have to.
     pub fn warm_up(&self, id: TargetId) -> Result<()> {
-        self.shared.resolve(None, || self.shared.engine.warm_up(id))
+        self.shared.resolve(self.shared.now(), None, || self.shared.engine.warm_up(id))
     }
 
     /// Answers a peer's handshake (both JSON, see [`Handshake`]).
@@ -556,7 +556,7 @@ impl Transport {
         let submit = || submit(now, deadline);
         let started = match submit() {
             Ok(started) => started,
-            Err(refusal) => shared.resolve(Some(refusal), submit)?,
+            Err(refusal) => shared.resolve(now, Some(refusal), submit)?,
         };
         shared.sleepers.iter().chain([&shared.watchdog]).for_each(Sleeper::wake);
         Ok(started)
@@ -846,9 +846,10 @@ impl Shared {
     }
 
     /// Does what a refusal asks for and tries again: a handshake for every pair that needs one, and
-    /// once a newer descriptor.
+    /// once a newer descriptor than that of `since`.
     fn resolve<T>(
         &self,
+        since: u64,
         mut refusal: Option<Refusal>,
         attempt: impl Fn() -> Result<T, Refusal>,
     ) -> Result<T> {
@@ -858,12 +859,14 @@ impl Shared {
                 None => {}
                 Some(Refusal::Error(error)) => return Err(error),
                 Some(Refusal::NotThere { target, error }) => {
-                    if fetched || self.host.is_none() {
+                    let fetch = |name: &str| self.remote(&self.fetch(name)?);
+                    let again = !fetched
+                        && self.host.is_some()
+                        && self.engine.refresh_target(target, since, || self.now(), fetch)?;
+                    if !again {
                         return Err(error);
                     }
                     fetched = true;
-                    let newer = self.fetch(&self.engine.target_name(target)?)?;
-                    self.engine.update_target(target, self.remote(&newer)?)?;
                 }
                 Some(Refusal::OutOfDate { target, error }) => {
                     let newer = match &self.host {
