@@ -34,12 +34,13 @@ use parking_lot::Mutex;
 
 use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
+use crate::lines::Lines;
 #[cfg(loom)]
 use crate::sync::Local as _;
 use crate::sync::{ArcSwapOption, AtomicU64};
 use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
-use failure::{FailureLog, UnderWay};
+use failure::UnderWay;
 pub use nic::{Nic, Operation, PeerAddress, Post};
 use peers::{PeerIndex, Released};
 use plan::Plan;
@@ -241,7 +242,8 @@ pub struct Engine<N> {
     /// What callers registered, by first byte. Held while registrations change.
     buffers: Mutex<BTreeMap<u64, BufferRecord>>,
     seal: Seal,
-    failures: FailureLog,
+    /// A peer that dies fails all that is under way to it at once.
+    failures: Lines,
     /// Parts of groups that failed and are to be tried again.
     later: Later,
     /// See [`Self::moves`].
@@ -321,7 +323,7 @@ impl<N: Nic> Engine<N> {
             locals: ArcSwap::default(),
             buffers: Mutex::default(),
             seal,
-            failures: FailureLog::default(),
+            failures: Lines::new(log::Level::Error, "failures like it"),
             observer,
             settings,
             lives: AtomicU32::new(0),

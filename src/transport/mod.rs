@@ -24,6 +24,7 @@ use crate::engine::{
 use crate::error::{Code, Error, Result};
 use crate::fabric::{Libfabric, Memory, MemoryKind};
 use crate::hmem;
+use crate::lines::Lines;
 use crate::nic::{self, Device, FabricNic, Limits};
 use crate::segment::{self, Buffer as BufferDescriptor, Handshake, Segment};
 use crate::stats::{RailStats, Stats};
@@ -114,6 +115,8 @@ struct Shared {
     /// Addresses of our endpoints, by rail.
     addresses: Vec<Box<[u8]>>,
     host: Option<Box<dyn Host>>,
+    /// Handshakes that were.
+    refused: Lines,
     buffers: Mutex<Buffers>,
     /// Nobody is to wait for transfers any more.
     closing: AtomicBool,
@@ -244,6 +247,7 @@ impl Transport {
             names,
             addresses,
             host,
+            refused: Lines::new(log::Level::Warn, "refused handshakes"),
             buffers: Mutex::new(Buffers { tables, ..Buffers::default() }),
             closing: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -503,7 +507,8 @@ impl Transport {
         }
         if !answer.reply_msg.is_empty() {
             let (from, why) = (printable(&request.local_nic_path), printable(&answer.reply_msg));
-            log::warn!("handshake from {from} refused: {why}");
+            let line = format_args!("handshake from {from} refused: {why}");
+            shared.refused.add(line, shared.now());
         }
         Ok(answer.to_json())
     }
