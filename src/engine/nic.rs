@@ -80,6 +80,9 @@ pub trait Nic: Send {
     /// and why. A slot with nothing in flight is a stray.
     fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, Fault)>);
 
+    /// What is to be done now and then, and takes longer than a poll that finds nothing.
+    fn tend(&mut self) {}
+
     /// What the errno of a [`Post::Failed`] means.
     fn explain(&self, errno: i32) -> Fault;
 }

@@ -583,6 +583,7 @@ impl<N: Nic> Rail<N> {
         }
         if now >= driver.next_scan {
             driver.next_scan = now + SCAN_EVERY;
+            driver.nic.tend();
             self.scan(&mut driver, shared, now, outcome);
             self.tidy(&mut driver, shared);
         }

@@ -39,6 +39,8 @@ pub(super) struct World {
     pub peers: BTreeSet<(usize, u64)>,
     /// Refuse to connect more peers than these on a NIC.
     pub room: Option<usize>,
+    /// How often NICs were tended.
+    pub tended: u32,
     /// Not an address of a peer.
     pub bad_address: Option<u64>,
 }
@@ -171,6 +173,10 @@ impl Nic for SimNic {
                 errno => failed.push((slot, self.explain(errno))),
             }
         }
+    }
+
+    fn tend(&mut self) {
+        self.world.lock().tended += 1;
     }
 
     fn explain(&self, errno: i32) -> Fault {

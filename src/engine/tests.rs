@@ -1012,6 +1012,23 @@ fn peers_that_come_and_go_leave_nothing_behind() {
     assert_eq!(bench.world.lock().peers.len(), known(&bench));
 }
 
+/// What takes time is not done in a poll of many: pollers take slow ones for a peer's work.
+#[test]
+fn devices_are_tended_now_and_then() {
+    let mut bench = Bench::new(1, 16, 1 << 20, false);
+    let start = bench.world.lock().tended;
+    for _ in 0..10_000 {
+        bench.engine.poll(0, bench.now);
+    }
+    assert!(bench.world.lock().tended <= start + 1);
+    let start = bench.world.lock().tended;
+    for _ in 0..1000 {
+        bench.pass(MS);
+        bench.engine.poll(0, bench.now);
+    }
+    assert_eq!(bench.world.lock().tended, start + 50, "every 20 ms");
+}
+
 #[test]
 fn a_device_that_is_full_forgets_peers_without_users() {
     let bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
