@@ -1,16 +1,9 @@
-//! Why a transfer failed, in one line; and not too many such lines in the log.
+//! Why a transfer failed, in one line.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-
-use parking_lot::Mutex;
-
-/// Lines that go to the log in one second. A peer that dies fails all that is under way to it at once.
-const LINES: u32 = 10;
-const SECOND: u64 = 1_000_000_000;
 
 /// A failed operation, or one whose deadline passed. Put into words only when someone reads it.
 #[derive(Clone, Debug)]
@@ -61,56 +54,5 @@ impl fmt::Display for UnderWay {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         self.0.operation(f)?;
         write!(f, ", for {:.3?}", Duration::from_nanos(self.0.age))
-    }
-}
-
-/// Logs failures: the first few of a second, then how many more there were.
-#[derive(Default)]
-pub(super) struct FailureLog {
-    held_back: AtomicU64,
-    second: Mutex<Second>,
-}
-
-#[derive(Default)]
-struct Second {
-    end: u64,
-    lines: u32,
-}
-
-impl FailureLog {
-    pub fn add(&self, failure: &Failure, now: u64) {
-        self.flush(now);
-        let mut second = self.second.lock();
-        if now >= second.end {
-            *second = Second { end: now.saturating_add(SECOND), lines: 0 };
-        }
-        if second.lines == LINES {
-            self.held_back.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-        second.lines += 1;
-        drop(second); // the host's log function may take its time
-        log::error!("{failure}");
-    }
-
-    /// Tells how many lines were held back, when their second is over. To be called now and then; one load
-    /// if there were none.
-    pub fn flush(&self, now: u64) {
-        if self.held_back.load(Ordering::Relaxed) > 0 && now >= self.second.lock().end {
-            self.tell();
-        }
-    }
-
-    fn tell(&self) {
-        let count = self.held_back.swap(0, Ordering::Relaxed);
-        if count > 0 {
-            log::error!("and {count} more failures like it");
-        }
-    }
-}
-
-impl Drop for FailureLog {
-    fn drop(&mut self) {
-        self.tell();
     }
 }

@@ -34,12 +34,13 @@ use parking_lot::Mutex;
 
 use crate::error::{Code, Error, Result};
 use crate::fabric::Memory;
+use crate::lines::Lines;
 #[cfg(loom)]
 use crate::sync::Local as _;
 use crate::sync::{ArcSwapOption, AtomicU64};
 use batch::{Aim, Ended};
 pub use batch::{BatchId, MAX_BATCH, Status};
-use failure::{FailureLog, UnderWay};
+use failure::UnderWay;
 pub use nic::{Nic, Operation, PeerAddress, Post};
 use peers::{PeerIndex, Released};
 use plan::Plan;
@@ -241,7 +242,8 @@ pub struct Engine<N> {
     /// What callers registered, by first byte. Held while registrations change.
     buffers: Mutex<BTreeMap<u64, BufferRecord>>,
     seal: Seal,
-    failures: FailureLog,
+    /// A peer that dies fails all that is under way to it at once.
+    failures: Lines,
     /// Parts of groups that failed and are to be tried again.
     later: Later,
     /// See [`Self::moves`].
@@ -321,7 +323,7 @@ impl<N: Nic> Engine<N> {
             locals: ArcSwap::default(),
             buffers: Mutex::default(),
             seal,
-            failures: FailureLog::default(),
+            failures: Lines::new(log::Level::Error, "failures like it"),
             observer,
             settings,
             lives: AtomicU32::new(0),
@@ -595,6 +597,35 @@ impl<N: Nic> Engine<N> {
                 return Ok(());
             }
         }
+    }
+
+    /// Replaces what is known of a peer that lacks a range ([`Refusal::NotThere`]) by what `fetch` gives for its name,
+    /// unless that was done since the submission, at `since`, by another thread: one asks for all. What was asked
+    /// for in vain is not asked for again at once, by nobody. Whether to submit again.
+    ///
+    /// # Errors
+    /// Those of `fetch`.
+    pub fn refresh_target(
+        &self,
+        id: TargetId,
+        since: u64,
+        clock: impl Fn() -> u64,
+        fetch: impl FnOnce(&str) -> Result<RemoteSegment>,
+    ) -> Result<bool> {
+        let before = self.target(id)?;
+        let mut asked = before.faults.asked.lock();
+        let now = clock();
+        if asked.is_newer(since) {
+            return Ok(true);
+        }
+        if !asked.may_ask(now) {
+            return Ok(false);
+        }
+        let updated = fetch(&before.name).and_then(|newer| self.update_target(id, newer));
+        let after = updated.and_then(|()| self.target(id));
+        let new = |after: &Arc<Target>| !after.regions.iter().eq(before.regions.iter());
+        asked.ask(now, after.as_ref().is_ok_and(new));
+        after.map(|_| true)
     }
 
     /// Forgets a peer. Transfers under way are not touched.

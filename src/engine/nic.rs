@@ -47,7 +47,8 @@ pub trait Nic: Send {
     /// Ends a registration. Nothing in flight may use it.
     fn unregister(&mut self, region: u32) -> Result<()>;
 
-    /// Makes a peer reachable by its endpoint's address; the same peer for the same address.
+    /// Makes a peer reachable by its endpoint's address; the same peer for the same address. Refuses with
+    /// [`Code::Endpoint`](crate::error::Code::Endpoint) where there may be no room for another.
     fn connect(&mut self, address: &[u8]) -> Result<PeerAddress>;
 
     /// Forgets a peer; nothing is in flight to it. Its address may be connected again, as another peer.
@@ -78,6 +79,9 @@ pub trait Nic: Send {
     /// Makes progress, and appends the slots of operations that completed, and of those that failed
     /// and why. A slot with nothing in flight is a stray.
     fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, Fault)>);
+
+    /// What is to be done now and then, and takes longer than a poll that finds nothing.
+    fn tend(&mut self) {}
 
     /// What the errno of a [`Post::Failed`] means.
     fn explain(&self, errno: i32) -> Fault;

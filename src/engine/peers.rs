@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 
 use super::nic::{Nic, PeerAddress};
 use super::rail::Span;
-use crate::error::Result;
+use crate::error::{Code, Result};
 use crate::sync::{AtomicBool, Mutex, Ordering};
 
 /// A peer's number on one rail.
@@ -110,13 +110,19 @@ impl Peers {
         self.entries.len() - self.free.len()
     }
 
-    /// The peer with this address of an endpoint, known from now on, with one more user.
-    pub fn connect(&mut self, nic: &mut impl Nic, address: &[u8]) -> Result<PeerIndex> {
+    /// The peer with this address of an endpoint, known from now on, with one more user. `queued` as for
+    /// [`Self::forget`].
+    pub fn connect(
+        &mut self,
+        nic: &mut impl Nic,
+        address: &[u8],
+        queued: impl Fn(PeerIndex) -> bool,
+    ) -> Result<PeerIndex> {
         // It may be one of them.
         for index in std::mem::take(&mut self.lost) {
             let _ = self.renew(nic, index);
         }
-        let found = nic.connect(address)?;
+        let found = self.find_room(nic, address, queued)?;
         if let Some(&index) = self.by_address.get(&found.0) {
             let peer = self.at(index);
             peer.users += 1;
@@ -149,6 +155,28 @@ impl Peers {
         };
         self.by_address.insert(found.0, index);
         Ok(index)
+    }
+
+    /// Connects. Where the device refuses an address that can be one, that may be for lack of room, and it has some for peers of one kind only
+    /// (`efa` of libfabric 1.17: 128 of our own host), of which we do not know who is one: the older half of the peers
+    /// without users is forgotten, and again, until it is taken or there are none. Not one by one: each refusal costs
+    /// that provider 130 KiB for ever.
+    fn find_room(
+        &mut self,
+        nic: &mut impl Nic,
+        address: &[u8],
+        queued: impl Fn(PeerIndex) -> bool,
+    ) -> Result<PeerAddress> {
+        loop {
+            let refused = match nic.connect(address) {
+                Ok(found) => return Ok(found),
+                Err(error) => error,
+            };
+            let half = self.unused.len().div_ceil(2);
+            if refused.code != Code::Endpoint || self.forget_some(nic, half, &queued) == 0 {
+                return Err(refused);
+            }
+        }
     }
 
     /// One user less.
@@ -206,10 +234,20 @@ impl Peers {
     /// Forgets peers without users: those that are broken or gone, and the oldest if there are too many. Only what is
     /// quiet: nothing in flight, waiting, or (`queued`) on its way to be posted.
     pub fn forget(&mut self, nic: &mut impl Nic, queued: impl Fn(PeerIndex) -> bool) {
-        let mut surplus = self.unused.len().saturating_sub(self.keep);
-        if surplus == 0 && !self.useless {
-            return;
+        let surplus = self.unused.len().saturating_sub(self.keep);
+        if surplus > 0 || self.useless {
+            self.forget_some(nic, surplus, queued);
         }
+    }
+
+    /// As [`Self::forget`], with so many too many. How many were forgotten.
+    fn forget_some(
+        &mut self,
+        nic: &mut impl Nic,
+        mut surplus: usize,
+        queued: impl Fn(PeerIndex) -> bool,
+    ) -> usize {
+        let mut forgotten = 0;
         self.useless = false;
         for _ in 0..self.unused.len() {
             let index = self.unused.pop_front().expect("counted");
@@ -223,7 +261,9 @@ impl Peers {
             surplus = surplus.saturating_sub(1);
             self.disconnect(nic, index);
             self.free.push(index);
+            forgotten += 1;
         }
+        forgotten
     }
 
     /// Takes what waits for peers that nobody has met and no target uses any more: their descriptors were

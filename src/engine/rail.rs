@@ -508,7 +508,8 @@ impl<N: Nic> Rail<N> {
     pub fn connect(&self, shared: &Shared, address: &[u8]) -> Result<PeerIndex> {
         self.with_driver(|driver| {
             self.tidy(driver, shared);
-            driver.peers.connect(&mut driver.nic, address)
+            let Driver { nic, peers, taken, .. } = driver;
+            peers.connect(nic, address, |peer| self.has_queued(taken, peer))
         })
     }
 
@@ -530,10 +531,13 @@ impl<N: Nic> Rail<N> {
     fn tidy(&self, driver: &mut Driver<N>, shared: &Shared) {
         let Driver { nic, peers, taken, .. } = driver;
         shared.released.take(self.index, |peer| peers.release(peer));
-        peers.forget(nic, |peer| {
-            let of_it = |span: &Span| span.peer == peer;
-            taken.iter().any(of_it) || self.queue.lock().iter().any(of_it)
-        });
+        peers.forget(nic, |peer| self.has_queued(taken, peer));
+    }
+
+    /// Whether something is on its way to be posted to a peer.
+    fn has_queued(&self, taken: &VecDeque<Span>, peer: PeerIndex) -> bool {
+        let of_it = |span: &Span| span.peer == peer;
+        taken.iter().any(of_it) || self.queue.lock().iter().any(of_it)
     }
 
     /// Between two of many uses of the NIC: lets whoever drives the rail have a turn, if there is work for
@@ -579,6 +583,7 @@ impl<N: Nic> Rail<N> {
         }
         if now >= driver.next_scan {
             driver.next_scan = now + SCAN_EVERY;
+            driver.nic.tend();
             self.scan(&mut driver, shared, now, outcome);
             self.tidy(&mut driver, shared);
         }

@@ -37,6 +37,12 @@ pub(super) struct World {
     pub posted: Vec<u64>,
     /// Peers by NIC.
     pub peers: BTreeSet<(usize, u64)>,
+    /// Refuse to connect more peers than these on a NIC.
+    pub room: Option<usize>,
+    /// How often NICs were tended.
+    pub tended: u32,
+    /// Not an address of a peer.
+    pub bad_address: Option<u64>,
 }
 
 /// Errnos of the simulated NIC, one for each class.
@@ -116,7 +122,17 @@ impl Nic for SimNic {
 
     fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
         let peer = u64::from(address[0]);
-        self.world.lock().peers.insert((self.index, peer));
+        let mut world = self.world.lock();
+        if world.bad_address == Some(peer) {
+            return Err(Error::invalid("not an address"));
+        }
+        let known = world.peers.range((self.index, 0)..=(self.index, u64::MAX)).count();
+        if world.room.is_some_and(|room| known >= room)
+            && !world.peers.contains(&(self.index, peer))
+        {
+            return Err(Error::new(Code::Endpoint, "no room for another peer"));
+        }
+        world.peers.insert((self.index, peer));
         Ok(PeerAddress(peer))
     }
 
@@ -158,6 +174,10 @@ impl Nic for SimNic {
                 errno => failed.push((slot, self.explain(errno))),
             }
         }
+    }
+
+    fn tend(&mut self) {
+        self.world.lock().tended += 1;
     }
 
     fn explain(&self, errno: i32) -> Fault {

@@ -82,6 +82,9 @@ pub(super) struct Nic {
 
 /// How often the descriptor of a peer that does not answer is asked for, nanoseconds.
 const ASK_EVERY: u64 = 1_000_000_000;
+/// How long the descriptor of a peer is not asked for after that was in vain for the first time, nanoseconds; each time
+/// after that twice as long, [`ASK_EVERY`] at most.
+const IN_VAIN: u64 = 1_000_000;
 
 const UNKNOWN: PeerIndex = PeerIndex::MAX;
 
@@ -94,6 +97,40 @@ pub(super) struct PeerFaults {
     pub last: Mutex<String>,
     /// When its descriptor may be asked for again because it does not answer.
     ask_from: AtomicU64,
+    /// Its descriptor was asked for because it lacked a range. Held while it is asked for.
+    pub asked: Mutex<Asked>,
+}
+
+/// When a descriptor was asked for last, and how soon it may be again; nanoseconds.
+#[derive(Debug, Default)]
+pub(super) struct Asked {
+    /// When that began; `None`: never.
+    last: Option<u64>,
+    /// How long not to ask after that: 0 where it brought something new.
+    pause: u64,
+}
+
+impl Asked {
+    /// Somebody asked after this time, so that there is nothing newer than what we have.
+    pub fn is_newer(&self, since: u64) -> bool {
+        self.last.is_some_and(|last| last >= since)
+    }
+
+    /// Whether to ask now.
+    pub fn may_ask(&self, now: u64) -> bool {
+        self.last.is_none_or(|last| now >= last.saturating_add(self.pause))
+    }
+
+    /// It was asked for at this time, and did or did not bring something `new`.
+    pub fn ask(&mut self, now: u64, new: bool) {
+        let rested = self.last.is_none_or(|last| now >= last.saturating_add(2 * ASK_EVERY));
+        self.pause = match (new, rested) {
+            (true, _) => 0,
+            (false, true) => IN_VAIN,
+            (false, false) => (2 * self.pause).clamp(IN_VAIN, ASK_EVERY),
+        };
+        self.last = Some(now);
+    }
 }
 
 impl PeerFaults {

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use proptest::prelude::*;
 
 use super::sim::{GONE, LOCAL, OURS, PEER, PERMANENT, PRESSURE, RAIL, REMOTE, SimNic, World};
 use super::*;
@@ -699,125 +698,6 @@ fn a_failure_ends_what_a_handshake_told() {
     bench.settle();
 }
 
-#[derive(Clone, Debug)]
-enum Step {
-    Submit { count: u8, length: u32, merge_next: bool },
-    End { which: u16, errno: i32 },
-    Pass { nanoseconds: u32 },
-    Cancel { which: u8 },
-    Again(bool),
-}
-
-/// Mostly none.
-fn errnos() -> impl Strategy<Value = i32> {
-    prop_oneof![8 => Just(0), 2 => prop::sample::select(&[PERMANENT, PEER, RAIL, PRESSURE, OURS][..])]
-}
-
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let step = prop_oneof![
-        4 => (1..6_u8, 0..40_000_u32, any::<bool>())
-            .prop_map(|(count, length, merge_next)| Step::Submit { count, length, merge_next }),
-        6 => (any::<u16>(), errnos()).prop_map(|(which, errno)| Step::End { which, errno }),
-        1 => (0..50_000_000_u32).prop_map(|nanoseconds| Step::Pass { nanoseconds }),
-        1 => any::<u8>().prop_map(|which| Step::Cancel { which }),
-        1 => any::<bool>().prop_map(Step::Again),
-    ];
-    prop::collection::vec(step, 1..60)
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
-
-    /// Whatever happens: every task ends exactly once, a completed one has its bytes in place, and
-    /// in the end nothing is held.
-    #[test]
-    fn random_histories(
-        steps in steps(),
-        nics in 1..4_usize,
-        depth in 1..6_u32,
-        slice in 1000..20_000_u64,
-        merge in any::<bool>(),
-        tries in 1..4_u8,
-    ) {
-        let mut bench = Bench::with_tries(nics, depth, slice, merge, tries);
-        let mut batches: Vec<(BatchId, Vec<Request>)> = Vec::new();
-        let (mut offset, mut cookie) = (0, 0);
-        for step in steps {
-            match step {
-                Step::Submit { count, length, merge_next } => {
-                    let batch = bench.engine.allocate_batch(u32::from(count)).expect("batch");
-                    let mut requests = Vec::new();
-                    for _ in 0..count {
-                        let length = u64::from(length);
-                        if offset + length + 1 > SIZE {
-                            break;
-                        }
-                        requests.push(bench.request(true, offset, length, cookie));
-                        offset += length + u64::from(!merge_next);
-                        cookie += 1;
-                    }
-                    let deadline = bench.now + 100_000_000;
-                    bench.submit_until(batch, &requests, deadline).expect("good requests");
-                    batches.push((batch, requests));
-                }
-                Step::End { which, errno } => {
-                    let mut world = bench.world.lock();
-                    let total = world.in_flight();
-                    if total > 0 {
-                        let mut which = usize::from(which) % total;
-                        let nic = *world.flying.iter().find(|(_, ops)| {
-                            let here = which < ops.len();
-                            if !here { which -= ops.len(); }
-                            here
-                        }).expect("within the total").0;
-                        world.end(nic, which, errno);
-                    }
-                    drop(world);
-                    bench.engine.progress(bench.now);
-                }
-                Step::Pass { nanoseconds } => {
-                    bench.now += u64::from(nanoseconds);
-                    bench.engine.progress(bench.now);
-                }
-                Step::Cancel { which } => {
-                    if let Some((batch, _)) = batches.get(usize::from(which)) {
-                        bench.engine.cancel(*batch, bench.now).expect("a batch");
-                    }
-                }
-                Step::Again(again) => bench.world.lock().again = again,
-            }
-        }
-        bench.world.lock().again = false;
-        bench.settle();
-        let seen = bench.seen.lock();
-        prop_assert_eq!(seen.len() as u64, cookie);
-        for (batch, requests) in &batches {
-            for (task, request) in requests.iter().enumerate() {
-                let (status, bytes) = bench.engine.task_status(*batch, task as u32).expect("task");
-                let ends = &seen[&request.cookie];
-                prop_assert_eq!(ends.len(), 1);
-                prop_assert_eq!((ends[0].status, ends[0].bytes), (status, bytes));
-                prop_assert!(status.is_final());
-                if status == Status::Completed {
-                    let world = bench.world.lock();
-                    let start = (request.local - LOCAL) as usize;
-                    let range = start..start + request.length as usize;
-                    prop_assert!(world.remote[range.clone()] == world.local[range]);
-                }
-            }
-            prop_assert!(bench.engine.is_quiet(*batch).expect("batch"));
-            bench.engine.free_batch(*batch).expect("freed");
-        }
-        for rail in 0..nics {
-            prop_assert_eq!(bench.engine.load(rail), 0);
-            prop_assert_eq!(bench.engine.counters(rail).strays, 0);
-        }
-        for part in 0..4 {
-            bench.engine.unregister(LOCAL + part * SIZE / 4).expect("nothing uses it");
-        }
-    }
-}
-
 #[test]
 fn threads_share_an_engine() {
     let bench = Bench::new(2, 16, 4096, true);
@@ -1130,6 +1010,125 @@ fn peers_that_come_and_go_leave_nothing_behind() {
         assert!(known(&bench) <= 3, "two that may stay, and one more");
     }
     assert_eq!(bench.world.lock().peers.len(), known(&bench));
+}
+
+/// What takes time is not done in a poll of many: pollers take slow ones for a peer's work.
+#[test]
+fn devices_are_tended_now_and_then() {
+    let mut bench = Bench::new(1, 16, 1 << 20, false);
+    let start = bench.world.lock().tended;
+    for _ in 0..10_000 {
+        bench.engine.poll(0, bench.now);
+    }
+    assert!(bench.world.lock().tended <= start + 1);
+    let start = bench.world.lock().tended;
+    for _ in 0..1000 {
+        bench.pass(MS);
+        bench.engine.poll(0, bench.now);
+    }
+    assert_eq!(bench.world.lock().tended, start + 50, "every 20 ms");
+}
+
+#[test]
+fn a_device_that_is_full_forgets_peers_without_users() {
+    let bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
+    let engine = &bench.engine;
+    let segment = |address: u8| RemoteSegment {
+        nics: vec![RemoteNic { name: "n".into(), address: Some(Box::new([address])) }],
+        ..remote_segment(1)
+    };
+    // Two that stay known without users, the older one with an operation in flight, and a third with one.
+    let batch = engine.allocate_batch(1).expect("batch");
+    for address in [101, 102] {
+        let target = engine.add_target(segment(address)).expect("target");
+        if address == 101 {
+            let request = Request { target, ..bench.request(true, 0, 4096, 0) };
+            bench.submit(batch, &[request]).expect("started");
+        }
+        engine.warm_up(target).expect("connected");
+        engine.remove_target(target).expect("closed");
+    }
+    let third = engine.add_target(segment(103)).expect("target");
+    engine.warm_up(third).expect("connected");
+    let peers = || bench.world.lock().peers.iter().map(|&(_, peer)| peer).collect::<Vec<_>>();
+    assert_eq!(peers(), [101, 102, 103]);
+    bench.world.lock().room = Some(3);
+    // Room is where nobody needs it.
+    let fourth = engine.add_target(segment(104)).expect("target");
+    engine.warm_up(fourth).expect("connected");
+    assert_eq!(peers(), [101, 103, 104]);
+    // There is none, and what is used stays.
+    let fifth = engine.add_target(segment(105)).expect("target");
+    assert!(
+        matches!(engine.warm_up(fifth), Err(Refusal::Error(error)) if error.text.contains("no room"))
+    );
+    assert_eq!(peers(), [101, 103, 104]);
+    bench.settle();
+    // Not for an address that cannot be one.
+    bench.world.lock().bad_address = Some(105);
+    assert!(engine.warm_up(fifth).is_err());
+    assert_eq!(peers(), [101, 103, 104]);
+    bench.world.lock().bad_address = None;
+    engine.warm_up(fifth).expect("connected");
+    assert_eq!(peers(), [103, 104, 105]);
+}
+
+#[test]
+fn a_descriptor_is_asked_for_while_that_brings_something_new() {
+    let bench = Bench::with_tries(1, 16, 1 << 20, false, 9);
+    let asks = Cell::new(0);
+    // A submission at `since`, refused at `now`; what the host answers then.
+    let refused = |since: u64, now: u64, answer: Result<RemoteSegment>| {
+        bench.engine.refresh_target(
+            bench.target,
+            since,
+            || now,
+            |name| {
+                assert_eq!(name, "far:1");
+                asks.set(asks.get() + 1);
+                answer
+            },
+        )
+    };
+    let asked = |since, now, answer| {
+        let before = asks.get();
+        (refused(since, now, answer).is_ok_and(|again| again), asks.get() - before)
+    };
+    let mut grown = remote_segment(1);
+    let mut grow = || {
+        let last = grown.buffers.last().expect("one").clone();
+        let address = last.address + 2 * last.length;
+        grown.buffers.push(RemoteBuffer { address, ..last });
+        Ok(grown.clone())
+    };
+    // A peer that registers more and more is asked each time; by one, for all who came before that.
+    for now in 10..20 {
+        assert_eq!(asked(now, now, grow()), (true, 1));
+        assert_eq!(asked(now - 1, now, grow()), (true, 0), "another thread");
+    }
+    // Who asks in vain does not at once again, and always later.
+    let same = || Ok(grown.clone());
+    let start = 100 * MS;
+    let seen: Vec<_> = (0..10_000)
+        .map(|i| asked(start + i * MS, start + i * MS, same()))
+        .filter(|it| it.1 > 0)
+        .collect();
+    assert!((10..25).contains(&seen.len()), "{} asked in 10 s", seen.len());
+    // So does one whose host fails.
+    let start = start + 20_000 * MS;
+    let fail = || Err(Error::new(Code::Metadata, "no answer"));
+    let before = asks.get();
+    (0..10_000).for_each(|i| drop(refused(start + i * MS, start + i * MS, fail())));
+    assert!((10..25).contains(&(asks.get() - before)), "{} asked in 10 s", asks.get() - before);
+    // Long after, it is at once; and from then on, if there was something new.
+    let start = start + 20_000 * MS;
+    let (first, second, third) = (start, start + 1, start + 2);
+    let mut more = grown.clone();
+    more.buffers.pop();
+    assert_eq!(asked(first, first, Ok(more)), (true, 1));
+    assert_eq!(asked(second, second, same()), (true, 1));
+    assert_eq!(asked(third, third, same()), (true, 1));
+    assert_eq!(asked(third + 1, third + 1, same()), (false, 0));
 }
 
 #[test]

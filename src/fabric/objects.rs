@@ -409,8 +409,9 @@ impl AddressVector {
     /// one that is not of the provider's form is refused.
     pub fn insert(&self, address: &[u8]) -> Result<PeerAddress> {
         if let Err(why) = self.domain.addresses.check(address) {
-            let text = format!("a peer's endpoint address cannot be right: {why}");
-            return Err(Error::new(Code::Endpoint, text));
+            return Err(Error::invalid(format!(
+                "a peer's endpoint address cannot be right: {why}"
+            )));
         }
         // Providers read as many bytes as their own addresses have.
         let mut padded = [0_u8; MAX_NAME];

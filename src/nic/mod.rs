@@ -35,9 +35,6 @@ const EFA_ADDRESS: usize = 24;
 /// How long the state of our port is taken to be what it was: when it goes down, all that is in flight fails.
 const PORT_CHECK: Duration = Duration::from_millis(50);
 
-/// Polls between two looks at the event queue, which is empty but for disasters.
-const EVENTS_EVERY: u32 = 64;
-
 /// What to open devices with.
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -120,7 +117,6 @@ pub struct FabricNic {
     next_key: u64,
     peers: HashMap<Box<[u8]>, PeerAddress>,
     completed: Box<[Completed; BATCH]>,
-    polls: u32,
     /// Reads of the completion queue that failed.
     unreadable: u64,
     lib: &'static Libfabric,
@@ -184,7 +180,6 @@ impl FabricNic {
                 next_key: first_key(),
                 peers: HashMap::new(),
                 completed: Box::new([Completed::default(); BATCH]),
-                polls: 0,
                 unreadable: 0,
                 lib,
             };
@@ -389,13 +384,11 @@ impl Nic for FabricNic {
                 }
             }
         }
-        if let Some(events) = &self.events {
-            self.polls = self.polls.wrapping_add(1);
-            if self.polls % EVENTS_EVERY == 0 {
-                while let Some(event) = events.next_error() {
-                    log::error!("the provider reports: {event}");
-                }
-            }
+    }
+
+    fn tend(&mut self) {
+        while let Some(event) = self.events.as_ref().and_then(|events| events.next_error()) {
+            log::error!("the provider reports: {event}");
         }
     }
 

@@ -24,6 +24,7 @@ use crate::engine::{
 use crate::error::{Code, Error, Result};
 use crate::fabric::{Libfabric, Memory, MemoryKind};
 use crate::hmem;
+use crate::lines::Lines;
 use crate::nic::{self, Device, FabricNic, Limits};
 use crate::segment::{self, Buffer as BufferDescriptor, Handshake, Segment};
 use crate::stats::{RailStats, Stats};
@@ -114,6 +115,8 @@ struct Shared {
     /// Addresses of our endpoints, by rail.
     addresses: Vec<Box<[u8]>>,
     host: Option<Box<dyn Host>>,
+    /// Handshakes that were.
+    refused: Lines,
     buffers: Mutex<Buffers>,
     /// Nobody is to wait for transfers any more.
     closing: AtomicBool,
@@ -244,6 +247,7 @@ impl Transport {
             names,
             addresses,
             host,
+            refused: Lines::new(log::Level::Warn, "refused handshakes"),
             buffers: Mutex::new(Buffers { tables, ..Buffers::default() }),
             closing: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -465,7 +469,7 @@ impl Transport {
 
     /// Connects every NIC to every NIC of a segment, so that the first transfer does not have to.
     pub fn warm_up(&self, id: TargetId) -> Result<()> {
-        self.shared.resolve(None, || self.shared.engine.warm_up(id))
+        self.shared.resolve(self.shared.now(), None, || self.shared.engine.warm_up(id))
     }
 
     /// Answers a peer's handshake (both JSON, see [`Handshake`]).
@@ -503,7 +507,8 @@ impl Transport {
         }
         if !answer.reply_msg.is_empty() {
             let (from, why) = (printable(&request.local_nic_path), printable(&answer.reply_msg));
-            log::warn!("handshake from {from} refused: {why}");
+            let line = format_args!("handshake from {from} refused: {why}");
+            shared.refused.add(line, shared.now());
         }
         Ok(answer.to_json())
     }
@@ -556,7 +561,7 @@ impl Transport {
         let submit = || submit(now, deadline);
         let started = match submit() {
             Ok(started) => started,
-            Err(refusal) => shared.resolve(Some(refusal), submit)?,
+            Err(refusal) => shared.resolve(now, Some(refusal), submit)?,
         };
         shared.sleepers.iter().chain([&shared.watchdog]).for_each(Sleeper::wake);
         Ok(started)
@@ -846,9 +851,10 @@ impl Shared {
     }
 
     /// Does what a refusal asks for and tries again: a handshake for every pair that needs one, and
-    /// once a newer descriptor.
+    /// once a newer descriptor than that of `since`.
     fn resolve<T>(
         &self,
+        since: u64,
         mut refusal: Option<Refusal>,
         attempt: impl Fn() -> Result<T, Refusal>,
     ) -> Result<T> {
@@ -858,12 +864,14 @@ impl Shared {
                 None => {}
                 Some(Refusal::Error(error)) => return Err(error),
                 Some(Refusal::NotThere { target, error }) => {
-                    if fetched || self.host.is_none() {
+                    let fetch = |name: &str| self.remote(&self.fetch(name)?);
+                    let again = !fetched
+                        && self.host.is_some()
+                        && self.engine.refresh_target(target, since, || self.now(), fetch)?;
+                    if !again {
                         return Err(error);
                     }
                     fetched = true;
-                    let newer = self.fetch(&self.engine.target_name(target)?)?;
-                    self.engine.update_target(target, self.remote(&newer)?)?;
                 }
                 Some(Refusal::OutOfDate { target, error }) => {
                     let newer = match &self.host {

@@ -37,6 +37,10 @@ const COLD_SLACK: u64 = 5000;
 const WARM_SLACK: u64 = 250;
 /// A first poll that takes so much longer than an empty one is no accident.
 const COLD_CERTAIN: u64 = 20_000;
+/// And one that takes so long was interrupted by another thread.
+const INTERRUPTED: u64 = 1_000_000;
+/// Time between two polls from which the second is slow too, because another thread ran.
+const GAP: u64 = 5000;
 /// Unusual polls, since it slept or was last sure, that make it sure that a peer is at work. A single
 /// one may be an interrupt.
 const EVIDENCE: u32 = 2;
@@ -87,8 +91,11 @@ pub(super) fn run(
     let mut moves = 0;
     let mut cold = true;
     let (mut last_active, mut woken) = (clock(), 0);
+    let mut looked = last_active;
     while !stop.load(Ordering::Acquire) {
         let mut now = clock();
+        // If others ran meanwhile, their data are in the cache.
+        let slack = if now - looked > GAP { COLD_SLACK } else { WARM_SLACK };
         let (mut work, mut others, mut active) = (false, false, false);
         for ((&rail, (seen, driven)), ([first, later], evidence)) in
             rails.iter().zip(&mut turns).zip(&mut efforts)
@@ -108,17 +115,19 @@ pub(super) fn run(
                     None => (*driven, others) = (now, true),
                 }
                 let before = std::mem::replace(&mut now, clock());
-                *evidence += if cold {
-                    let excess = first.excess(now - before);
-                    u32::from(excess > COLD_SLACK) + u32::from(excess > COLD_CERTAIN)
-                } else {
-                    u32::from(later.excess(now - before) > WARM_SLACK)
+                *evidence += match now - before {
+                    INTERRUPTED.. => 0,
+                    took if cold => {
+                        let excess = first.excess(took);
+                        u32::from(excess > COLD_SLACK) + u32::from(excess > COLD_CERTAIN)
+                    }
+                    took => u32::from(later.excess(took) > slack),
                 };
                 active |= serves && *evidence >= EVIDENCE;
             }
             *seen = engine.turns(rail);
         }
-        cold = false;
+        (cold, looked) = (false, now);
         if engine.moves() != moves {
             // What failed here may go over a rail whose poller sleeps.
             moves = engine.moves();
