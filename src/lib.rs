@@ -16,7 +16,7 @@ pub mod error;
 pub mod fabric;
 pub mod fault;
 mod hmem;
-mod lines;
+pub mod lines;
 pub mod nic;
 pub mod segment;
 pub mod stats;

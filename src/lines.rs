@@ -11,7 +11,7 @@ const LINES: u32 = 10;
 const SECOND: u64 = 1_000_000_000;
 
 /// Lines of one kind: the first few of a second are logged, and then how many more there were.
-pub(crate) struct Lines {
+pub struct Lines {
     level: Level,
     /// What they are, in the plural.
     what: &'static str,
@@ -26,6 +26,7 @@ struct Second {
 }
 
 impl Lines {
+    /// None yet.
     pub fn new(level: Level, what: &'static str) -> Self {
         Self { level, what, held_back: AtomicU64::new(0), second: Mutex::default() }
     }

@@ -12,13 +12,15 @@ pub mod types;
 use std::cell::Cell;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::ptr::null_mut;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use mooncake_efa::boundary::{array, caught, check_out, optional_string, put, string};
 use mooncake_efa::config::Config;
 use mooncake_efa::engine::Status;
 use mooncake_efa::fabric::Memory;
+use mooncake_efa::lines::Lines;
 use mooncake_efa::transport::in_time;
 use mooncake_efa::{Code, Error, Result};
 
@@ -30,7 +32,7 @@ use types::*;
 /// Engines by handle: few, so that looking through them is quicker than anything else.
 type Engines = Vec<(usize, Arc<Engine>)>;
 
-static ENGINES: std::sync::LazyLock<ArcSwap<Engines>> = std::sync::LazyLock::new(ArcSwap::default);
+static ENGINES: LazyLock<ArcSwap<Engines>> = LazyLock::new(ArcSwap::default);
 /// Where the transports are of all engines that ever were; an engine's handle is the address.
 static INSTALLATIONS: boxcar::Vec<&Installation> = boxcar::Vec::new();
 
@@ -75,9 +77,14 @@ fn find(handle: transfer_engine_t) -> Option<&'static Installation> {
     found
 }
 
-/// Runs `f` at the boundary; what it fails with is logged for `function`.
+/// Runs `f` at the boundary; what it fails with is logged for `function`, unless there is too much of it.
 fn entered<T>(function: &str, f: impl FnOnce() -> Result<T>) -> Result<T> {
-    caught(f).inspect_err(|error| ::log::error!("{function}: {error}"))
+    static LINES: LazyLock<(Lines, Instant)> =
+        LazyLock::new(|| (Lines::new(::log::Level::Error, "refusals"), Instant::now()));
+    caught(f).inspect_err(|error| {
+        let (lines, start) = &*LINES;
+        lines.add(format_args!("{function}: {error}"), start.elapsed().as_nanos() as u64);
+    })
 }
 
 /// 0, or Mooncake's error number.
