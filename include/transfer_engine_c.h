@@ -34,8 +34,8 @@ extern "C" {
 #define STATUS_INVALID (2)
 #define STATUS_CANCELED (3)
 #define STATUS_COMPLETED (4) /* all bytes are in place, and the memory is free again */
-#define STATUS_TIMEOUT (5)   /* the memory may still be in use: unregisterLocalMemory waits for it */
-#define STATUS_FAILED (6)    /* the memory is free again */
+#define STATUS_TIMEOUT (5)   /* only where MC_SLICE_TIMEOUT is set; otherwise this is STATUS_FAILED */
+#define STATUS_FAILED (6)    /* the memory may still be in use if its deadline passed: unregisterLocalMemory waits */
 
 typedef void *transfer_engine_t;
 typedef void *transport_t;

@@ -141,6 +141,9 @@ public:
     std::uint64_t grow(std::uint64_t length) { return std::stoull(ask("grow %" PRIu64 "\n", length)); }
     // Its notifications so far, as "name=message;".
     std::string notifications() { return ask("notifications\n"); }
+    // It does nothing any more, and goes on as if nothing had been.
+    void stop() { ::kill(process_, SIGSTOP); }
+    void go_on() { ::kill(process_, SIGCONT); }
     void kill() {
         if (process_ <= 0) return;
         ::kill(process_, SIGKILL);

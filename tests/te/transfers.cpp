@@ -311,6 +311,24 @@ TEST_P(Transfers, DestroyedWhileInUse) {
     }
 }
 
+// A peer that does not answer. (A device does without the peer's processor.)
+TEST_P(Transfers, TimeOut) {
+    if (provider() != "tcp") return;
+    setenv("MC_SLICE_TIMEOUT", "1", 1);
+    Peer peer(provider(), MiB);
+    Memory memory(MiB);
+    Engine engine;
+    unsetenv("MC_SLICE_TIMEOUT");
+    ASSERT_TRUE(engine.install(provider()));
+    ASSERT_EQ(registerLocalMemory(engine, memory.data(), memory.size(), "*", 1), 0);
+    const segment_id_t segment = openSegment(engine, peer.name().c_str());
+    ASSERT_EQ(engine.run(OPCODE_READ, memory.data(), segment, peer.base(), MiB), STATUS_COMPLETED);
+    peer.stop();
+    EXPECT_EQ(engine.run(OPCODE_READ, memory.data(), segment, peer.base(), MiB), STATUS_TIMEOUT);
+    peer.go_on();
+    EXPECT_EQ(unregisterLocalMemory(engine, memory.data()), 0) << "it waits for the memory";
+}
+
 // EFA where there is EFA, and TCP elsewhere.
 TEST_P(Transfers, AutoDiscover) {
     if (provider() == "shm") return; // as efa, for this

@@ -81,6 +81,8 @@ pub struct Engine {
     loads: Mutex<Vec<Load>>,
     /// Held to publish our descriptor.
     publishing: Mutex<()>,
+    /// `MC_SLICE_TIMEOUT` is set, so the program expects transfers to time out.
+    names_timeouts: bool,
     /// It is being closed: nobody is to begin anything that takes long.
     closing: AtomicBool,
     server: Mutex<Option<Server>>,
@@ -227,6 +229,7 @@ impl Engine {
             outgoing: AtomicUsize::new(0),
             loads: Mutex::default(),
             publishing: Mutex::default(),
+            names_timeouts: std::env::var_os("MC_SLICE_TIMEOUT").is_some(),
             closing: AtomicBool::new(false),
             server: Mutex::new(Some(server)),
             ticker: Mutex::default(),
@@ -836,8 +839,14 @@ impl Installed {
     }
 
     /// Status of a transfer, by its place in the batch, and its bytes moved. Makes progress.
+    ///
+    /// One that timed out is [`Status::Failed`] unless `MC_SLICE_TIMEOUT` is set: without it Mooncake's transport never
+    /// times out, and programs made for it (NIXL's plugin does) take what is not failed and not under way for complete.
     pub fn status(&self, batch: u64, task: u32) -> Result<(Status, u64)> {
-        let seen = self.transport.task_status(BatchId(batch), task)?;
+        let mut seen = self.transport.task_status(BatchId(batch), task)?;
+        if seen.0 == Status::Timeout && !self.engine.names_timeouts {
+            seen.0 = Status::Failed;
+        }
         if seen.0 == Status::Completed && self.engine.outgoing.load(Ordering::Relaxed) > 0 {
             self.engine.notify_of(self, batch);
         }
