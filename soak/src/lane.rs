@@ -830,13 +830,16 @@ impl Lane {
                 self.note("call", &format!("a batch that has ended is not freed: {error}"));
             }
         }
+        let length = u64::from(self.spec.slots) * SLOT;
+        // Also while that waits: there are two of them then.
+        self.here().link.count(|tally| tally.kept += length);
         match self.transport.unregister(former) {
             // Then nothing uses it any more, also where that could not be asked.
-            Ok(()) => self.here().link.count(|tally| tally.unquiet -= moves),
-            Err(error) if error.code == Code::Busy => {
-                let length = u64::from(self.spec.slots) * SLOT;
-                self.here().link.count(|tally| tally.kept += length);
-            }
+            Ok(()) => self.here().link.count(|tally| {
+                tally.unquiet -= moves;
+                tally.kept -= length;
+            }),
+            Err(error) if error.code == Code::Busy => {}
             Err(error) => self.note("call", &format!("unregister: {error}")),
         }
     }
