@@ -13,6 +13,8 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET_DIR)/release/mooncake-efa
 SOFTEFA := $(TARGET_DIR)/release/softefa
 SOAK := $(TARGET_DIR)/release/soak
+# What `make build` builds beside libtransfer_engine.so.
+PROGRAMS := -p mooncake-efa -p mooncake-efa-cli -p softefa -p softefa-preload
 # The emulated devices of this checkout's tests.
 EFA_DIR := /dev/shm/mefa-test-$(shell pwd | cksum | cut -d' ' -f1)
 ENV := . scripts/env &&
@@ -23,7 +25,7 @@ ENV := . scripts/env &&
 build: ## the libraries and the commands, in target/release
 	@scripts/setup build
 	@# By itself: built together with the other library it would export its functions too.
-	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release --workspace --exclude transfer-engine
+	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release $(PROGRAMS)
 	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release -p transfer-engine
 
 demo: build ## move and verify memory between two processes, over shared memory and over TCP
@@ -34,7 +36,7 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	@scripts/setup build test
 	@$(MAKE) --no-print-directory build
 	@# Which tests preload.
-	$(ENV) $(CARGO) build $(CARGO_FLAGS) --profile quick -p softefa -p softefa-preload
+	$(ENV) $(CARGO) build $(CARGO_FLAGS) --profile quick -p softefa -p softefa-preload -p soak
 	$(ENV) $(CARGO) test $(CARGO_FLAGS) --profile quick --workspace
 	bench/test
 	@# The engine's concurrent parts and the emulator's ring, in every order that threads can come in.
@@ -50,7 +52,7 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 			$(CARGO) test $(CARGO_FLAGS) --profile quick --workspace --test discovery efa || exit 1; done
 	@rm -rf $(EFA_DIR)
 	@# The same under faults, a minute of it.
-	$(SOAK) --minutes 1
+	$(TARGET_DIR)/quick/soak --minutes 1
 	@$(MAKE) --no-print-directory cmake CMAKE_ARGS=-DMOONCAKE_EFA_BUILD_TESTS=ON
 	cd build && ctest --output-on-failure
 
@@ -71,6 +73,7 @@ sanitize: ## the tests under AddressSanitizer and ThreadSanitizer; see docs/fuzz
 	$(ENV) scripts/sanitize
 
 soak: build ## faults on emulated devices, every byte checked, 10 minutes; SOAK_ARGS='--minutes 1 --only errors', docs/faults.md
+	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release -p soak
 	$(SOAK) $(SOAK_ARGS)
 
 bench: build bench-programs ## raw loop, ours, and Mooncake's C++ transport; BENCH_ARGS='--quick', see bench/run --help
