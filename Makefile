@@ -13,8 +13,8 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET_DIR)/release/mooncake-efa
 SOFTEFA := $(TARGET_DIR)/release/softefa
 SOAK := $(TARGET_DIR)/release/soak
-# What `make build` builds beside libtransfer_engine.so.
-PROGRAMS := -p mooncake-efa -p mooncake-efa-cli -p softefa -p softefa-preload
+# What `make build` builds.
+PROGRAMS := -p mooncake-efa-capi -p transfer-engine -p mooncake-efa-cli -p softefa -p softefa-preload
 # The emulated devices of this checkout's tests.
 EFA_DIR := /dev/shm/mefa-test-$(shell pwd | cksum | cut -d' ' -f1)
 ENV := . scripts/env &&
@@ -24,9 +24,7 @@ ENV := . scripts/env &&
 
 build: ## the libraries and the commands, in target/release
 	@scripts/setup build
-	@# By itself: built together with the other library it would export its functions too.
 	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release $(PROGRAMS)
-	$(ENV) $(CARGO) build $(CARGO_FLAGS) --release -p transfer-engine
 
 demo: build ## move and verify memory between two processes, over shared memory and over TCP
 	$(BIN) bench --self --provider shm --verify --duration 3
@@ -102,7 +100,7 @@ lint: build ## formatting, clippy, that header, symbols, ABI and `unsafe` are as
 	scripts/check-unsafe
 	$(ENV) scripts/check-cost
 
-header: ## include/mooncake_efa.h from src/capi
+header: ## include/mooncake_efa.h from capi/
 	@scripts/setup header
 	scripts/header
 

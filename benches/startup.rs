@@ -4,15 +4,19 @@
 //! `cargo bench --bench startup -- [BUFFERS [BYTES]]`, 1000 of 1 MiB by default; devices and provider as
 //! `MC_*` variables say. The peer is this program again, as a host of its own on an emulated EFA device.
 
+#[path = "../capi/src/lib.rs"]
+#[allow(dead_code)] // not all of it is tried here
+mod capi;
+
 use std::ffi::{CStr, c_void};
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use capi::types::{mefa_config, mefa_memory};
+use capi::{mefa_install, mefa_last_error, mefa_register_many, mefa_uninstall};
 use mooncake_efa::Result;
-use mooncake_efa::capi::types::{mefa_config, mefa_memory};
-use mooncake_efa::capi::{mefa_install, mefa_last_error, mefa_register_many, mefa_uninstall};
 use mooncake_efa::config::Config;
 use mooncake_efa::engine::{Request, Status, TargetId};
 use mooncake_efa::fabric::{Buffer, Memory};

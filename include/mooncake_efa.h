@@ -1,5 +1,5 @@
 /* The C interface of libmooncake_efa.so.
- * Generated from src/capi/ by `make header`; do not edit. */
+ * Generated from capi/ by `make header`; do not edit. */
 /* SPDX-License-Identifier: Apache-2.0 */
 
 #ifndef MOONCAKE_EFA_H

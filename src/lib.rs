@@ -7,8 +7,6 @@
 #![deny(unsafe_code)]
 
 pub mod boundary;
-#[cfg(feature = "capi")]
-pub mod capi;
 pub mod config;
 pub mod discovery;
 pub mod engine;

@@ -12,13 +12,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use arbitrary::{Arbitrary, Unstructured};
-use mooncake_efa::capi::types::{
+use crate::door::types::{
     mefa_buffer, mefa_code, mefa_completion, mefa_config, mefa_device, mefa_handshake, mefa_memory,
     mefa_nic_stats, mefa_region, mefa_request, mefa_segment_desc, mefa_task_state, mefa_text_fn,
 };
 #[allow(clippy::wildcard_imports)]
-use mooncake_efa::capi::*;
+use crate::door::*;
+use arbitrary::{Arbitrary, Unstructured};
 use mooncake_efa::segment::{Handshake, Segment, decode_gid, encode_gid, hex_decode, hex_encode};
 use rustix::process::{Resource, getrlimit, setrlimit};
 

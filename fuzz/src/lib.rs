@@ -2,6 +2,8 @@
 //! panics where a promise does not hold. `tests/corpus.rs` calls them with the bytes that are kept.
 
 mod capi;
+#[path = "../../capi/src/lib.rs"]
+pub mod door;
 // The command is a program, not a library; this file of it stands alone.
 #[allow(dead_code)]
 #[path = "../../cli/src/control.rs"]

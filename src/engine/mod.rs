@@ -50,7 +50,7 @@ use recovery::Later;
 pub use recovery::PeerState;
 use region::{LocalRegion, Number, RangeMap};
 use table::Seal;
-pub(crate) use table::Table;
+pub use table::Table;
 use target::Target;
 pub use target::{RemoteBuffer, RemoteNic, RemoteSegment, TargetId};
 

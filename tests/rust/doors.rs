@@ -4,6 +4,10 @@
 //! The other process is this test binary again, running [`target_process`] alone; it obeys lines on
 //! its standard input.
 
+#[path = "../../capi/src/lib.rs"]
+#[allow(dead_code)] // not all of it is tried here
+mod capi;
+
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -149,8 +153,8 @@ impl Door for Rust {
 
 mod c {
     use super::*;
-    use mooncake_efa::capi::types::*;
-    use mooncake_efa::capi::*;
+    use crate::capi::types::*;
+    use crate::capi::*;
     use std::ffi::{CStr, CString, c_char, c_void};
 
     pub struct C(mefa_transport);

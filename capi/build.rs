@@ -5,8 +5,7 @@
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     let var = |name| std::env::var(name).unwrap_or_default();
-    // What depends on this crate gets its arguments too, and has a name of its own; it leaves the feature out.
-    if var("CARGO_CFG_TARGET_OS") == "linux" && !var("CARGO_FEATURE_CAPI").is_empty() {
+    if var("CARGO_CFG_TARGET_OS") == "linux" {
         let major = var("CARGO_PKG_VERSION_MAJOR");
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libmooncake_efa.so.{major}");
     }

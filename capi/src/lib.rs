@@ -1,6 +1,6 @@
-//! The transport door: the functions of `include/mooncake_efa.h`, which cbindgen makes from here.
+//! The transport door, `libmooncake_efa.so`: the functions of `include/mooncake_efa.h`, which cbindgen makes from here.
 //!
-//! Each checks its pointers, converts, makes one call into [`crate::transport`] and maps the error.
+//! Each checks its pointers, converts, makes one call into [`mooncake_efa::transport`] and maps the error.
 #![allow(unsafe_code)]
 
 mod log;
@@ -13,14 +13,14 @@ use std::time::Duration;
 
 use arc_swap::{ArcSwapOption, Guard};
 
-use crate::boundary::{array, caught, check_out, optional_string, put, sized, string};
-use crate::config::Config;
-use crate::engine::{BatchId, Finished, Request, Table, TargetId};
-use crate::error::{Code, Error, Result};
-use crate::fabric::Memory;
-use crate::segment::{Buffer, Device, Handshake, Segment};
-use crate::topology::Topology;
-use crate::transport::{Host, Options, Transport, in_time};
+use mooncake_efa::boundary::{array, caught, check_out, optional_string, put, sized, string};
+use mooncake_efa::config::Config;
+use mooncake_efa::engine::{BatchId, Finished, Request, Table, TargetId};
+use mooncake_efa::error::{Code, Error, Result};
+use mooncake_efa::fabric::Memory;
+use mooncake_efa::segment::{Buffer, Device, Handshake, Segment};
+use mooncake_efa::topology::Topology;
+use mooncake_efa::transport::{Host, Options, Transport, in_time};
 #[allow(clippy::wildcard_imports)]
 use types::*;
 
@@ -207,7 +207,7 @@ fn observer(
     function: unsafe extern "C" fn(*mut c_void, *const mefa_completion, usize),
     context: Context,
     gate: Arc<Gate>,
-) -> crate::engine::Observer {
+) -> mooncake_efa::engine::Observer {
     Box::new(move |finished: &[Finished]| {
         let context = context;
         let pass = gate.load();
@@ -564,7 +564,7 @@ unsafe fn segment_of(desc: *const mefa_segment_desc) -> Result<Segment> {
         };
         let segment = Segment {
             name: string(desc.name, "segment.name")?.to_owned(),
-            protocol: crate::segment::PROTOCOL.to_owned(),
+            protocol: mooncake_efa::segment::PROTOCOL.to_owned(),
             devices,
             buffers,
             topology,
