@@ -368,6 +368,23 @@ mod tests {
     }
 
     #[test]
+    fn all_are_in_the_documentation() {
+        let text =
+            std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/environment.md"))
+                .unwrap();
+        let seen = std::cell::RefCell::new(Vec::new());
+        let look = |name: &str| {
+            seen.borrow_mut().push(name.to_owned());
+            None
+        };
+        Config::from_lookup(look);
+        // As old releases spelt two of them.
+        for name in seen.into_inner().iter().filter(|name| !name.contains("_PRC_")) {
+            assert!(text.contains(&format!("`{name}`")), "{name}");
+        }
+    }
+
+    #[test]
     fn nothing_set_gives_the_documented_defaults() {
         let (config, warnings) = read(&[]);
         assert_eq!(config, Config::default());

@@ -324,7 +324,12 @@ TEST_P(Transfers, TimeOut) {
     const segment_id_t segment = openSegment(engine, peer.name().c_str());
     ASSERT_EQ(engine.run(OPCODE_READ, memory.data(), segment, peer.base(), MiB), STATUS_COMPLETED);
     peer.stop();
-    EXPECT_EQ(engine.run(OPCODE_READ, memory.data(), segment, peer.base(), MiB), STATUS_TIMEOUT);
+    const batch_id_t batch = allocateBatchID(engine, 1);
+    transfer_request_t request{OPCODE_READ, memory.data(), segment, peer.base(), MiB};
+    ASSERT_EQ(submitTransfer(engine, batch, &request, 1), 0);
+    EXPECT_EQ(freeBatchID(engine, batch), 4) << "it is under way";
+    EXPECT_EQ(engine.wait(batch, 0), STATUS_TIMEOUT);
+    EXPECT_EQ(freeBatchID(engine, batch), 0);
     peer.go_on();
     EXPECT_EQ(unregisterLocalMemory(engine, memory.data()), 0) << "it waits for the memory";
 }
