@@ -52,7 +52,8 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	@# The same under faults, a minute of it.
 	$(TARGET_DIR)/quick/soak --minutes 1
 	@$(MAKE) --no-print-directory cmake CMAKE_ARGS=-DMOONCAKE_EFA_BUILD_TESTS=ON
-	cd build && ctest --output-on-failure
+	@# Most of them wait most of the time.
+	cd build && ctest --output-on-failure -j 6
 
 test-mooncake: build ## the published Mooncake with our transport in it; PYTEST_ARGS='-k store'
 	@scripts/setup mooncake
