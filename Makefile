@@ -59,7 +59,8 @@ test-mooncake: build ## the published Mooncake with our transport in it; PYTEST_
 	@scripts/setup mooncake
 	$(ENV) cmake -S . -B build -DMOONCAKE_EFA_BUILD_SWAP=ON -DMOONCAKE_EFA_BUILD_TESTS=OFF
 	$(ENV) cmake --build build --target mooncake_efa_swap
-	.tools/mooncake/bin/pytest tests/mooncake $(PYTEST_ARGS)
+	@# Files beside each other: most tests wait for another process.
+	.tools/mooncake/bin/pytest tests/mooncake -n 4 --dist loadfile $(PYTEST_ARGS)
 	@# Our client of the wheel's HTTP metadata server.
 	$(ENV) MEFA_TEST_MOONCAKE=1 $(CARGO) test $(CARGO_FLAGS) --profile quick --workspace --test stores wheel
 
