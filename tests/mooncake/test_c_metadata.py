@@ -1,5 +1,6 @@
 """With a metadata server between them: the wheel's engine and Mooncake's C interface find each other by the keys and JSON that
 both have."""
+import os
 import shutil
 import signal
 import socket
@@ -21,24 +22,27 @@ def free_port():
         return s.getsockname()[1]
 
 
+def program(name):
+    """Where scripts/setup has put it."""
+    path = shutil.which(name, path=os.pathsep.join([os.environ["PATH"], str(harness.ROOT / ".tools/bin")]))
+    assert path, f"{name} is missing: scripts/setup mooncake brings it"
+    return path
+
+
 def http(directory, port):
-    program = Path(sys.executable).with_name("mooncake_http_metadata_server")
-    return [program, "--host", "127.0.0.1", "--port", str(port)], f"http://127.0.0.1:{port}/metadata"
+    server = Path(sys.executable).with_name("mooncake_http_metadata_server")
+    return [server, "--host", "127.0.0.1", "--port", str(port)], f"http://127.0.0.1:{port}/metadata"
 
 
 def etcd(directory, port):
-    program = shutil.which("etcd")
-    assert program, "etcd is missing: scripts/setup test installs it"
     at, peers = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
-    return [program, "--data-dir", directory, "--listen-client-urls", at, "--advertise-client-urls", at,
+    return [program("etcd"), "--data-dir", directory, "--listen-client-urls", at, "--advertise-client-urls", at,
             "--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers,
             "--initial-cluster", f"default={peers}"], f"etcd://127.0.0.1:{port}"
 
 
 def redis(directory, port):
-    program = shutil.which("redis-server")
-    assert program, "redis-server is missing: scripts/setup test installs it"
-    return [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", directory], f"redis://127.0.0.1:{port}"
+    return [program("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", directory], f"redis://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module", params=[http, etcd, redis])
