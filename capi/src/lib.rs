@@ -20,7 +20,7 @@ use mooncake_efa::error::{Code, Error, Result};
 use mooncake_efa::fabric::Memory;
 use mooncake_efa::segment::{Buffer, Device, Handshake, Segment};
 use mooncake_efa::topology::Topology;
-use mooncake_efa::transport::{Host, Options, Transport, in_time};
+use mooncake_efa::transport::{Host, Options, Transport, close_when_left, in_time};
 #[allow(clippy::wildcard_imports)]
 use types::*;
 
@@ -46,8 +46,6 @@ unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
 
-/// Longest wait for other threads to leave a transport that is being uninstalled.
-const LEAVE: Duration = Duration::from_secs(10);
 /// Longest wait for callbacks that have begun, after that.
 const RETURN: Duration = Duration::from_secs(5);
 
@@ -327,20 +325,15 @@ pub extern "C" fn mefa_uninstall(transport: mefa_transport) -> c_int {
         }
         let last = slot.swap(None).ok_or_else(unknown)?;
         transports().give_back(index);
-        let busy = |text| Error::new(Code::Busy, text);
         last.transport.begin_close();
         let gate = last.gate.clone();
-        let closed = if in_time(LEAVE, || Arc::strong_count(&last) == 1) {
-            Arc::into_inner(last).map_or(Ok(()), |installed| installed.transport.close())
-        } else {
-            Err(busy("other threads are still inside the transport; it is closed when they leave"))
-        };
+        let closed = close_when_left("transport", last, |installed| installed.transport.close());
         let begun = gate.swap(None);
         let returned = |begun| in_time(RETURN, || Arc::strong_count(&begun) == 1);
         if begun.is_none_or(returned) {
             closed
         } else {
-            closed.and(Err(busy("a callback has begun and not returned")))
+            closed.and(Err(Error::new(Code::Busy, "a callback has begun and not returned")))
         }
     })
 }

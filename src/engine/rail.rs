@@ -319,6 +319,13 @@ pub struct RailCounters {
     pub pending_bytes: u64,
 }
 
+impl RailCounters {
+    /// Bytes of completed operations.
+    pub fn bytes(&self) -> u64 {
+        self.bytes_written + self.bytes_read
+    }
+}
+
 #[derive(Default)]
 struct Counters {
     posted: AtomicU64,

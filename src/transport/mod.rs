@@ -55,6 +55,8 @@ const KEEP_PEERS: usize = 8192;
 const DRAIN: Duration = Duration::from_secs(5);
 /// Longest wait after that for the provider to return to our threads, and again for it to close its devices.
 const RETURN: Duration = Duration::from_secs(10);
+/// Longest wait for other threads to leave what is being closed.
+const LEAVE: Duration = Duration::from_secs(10);
 /// Longest wait of [`Transport::unregister`] for transfers that use the memory: far more than a healthy network
 /// needs to give back what it has, and no longer than a caller who only wants to be rid of it will bear.
 const UNREGISTER: Duration = Duration::from_secs(5);
@@ -942,6 +944,24 @@ fn join_in_time(threads: &mut Vec<JoinHandle<()>>) -> bool {
         threads.drain(..).for_each(|thread| drop(thread.join()));
     }
     ended
+}
+
+/// Closes what threads share (a `what`) that are about to leave it: when they have, 10 seconds at most. `begin_close` makes those
+/// return who wait in a transport.
+///
+/// # Errors
+/// [`Code::Busy`] if they have not: then it is dropped when they do. Those of `close`.
+pub fn close_when_left<T>(
+    what: &str,
+    last: Arc<T>,
+    close: impl FnOnce(T) -> Result<()>,
+) -> Result<()> {
+    if !in_time(LEAVE, || Arc::strong_count(&last) == 1) {
+        let text =
+            format!("other threads are still inside the {what}; it is closed when they leave");
+        return Err(Error::new(Code::Busy, text));
+    }
+    Arc::into_inner(last).map_or(Ok(()), close)
 }
 
 /// Waits until `done`; false if that takes longer than `most`.

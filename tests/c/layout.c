@@ -2,13 +2,10 @@
  *
  * The binary interface, frozen: these numbers may be added to, never changed. */
 #include "check.h"
+#include "frozen.h"
 
 #include <ctype.h>
 #include <dlfcn.h>
-
-#define FIELD(type, field, offset) _Static_assert(offsetof(type, field) == (offset), #type "." #field)
-#define SIZE(type, size) _Static_assert(sizeof(type) == (size), #type)
-#define NUMBER(name, number) _Static_assert((name) == (number), #name)
 
 FIELD(mefa_config, size, 0);
 FIELD(mefa_config, server_name, 8);

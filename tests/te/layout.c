@@ -2,15 +2,13 @@
  *
  * The binary interface of Mooncake's transfer_engine_c.h (main at 3b5a594, read on 64-bit Linux): layouts, numbers, names.
  * They are Mooncake's, so they never change here. */
+#include "../c/frozen.h"
+
 #include <transfer_engine_c.h>
 
 #include <dlfcn.h>
 #include <stdio.h>
 #include <string.h>
-
-#define FIELD(type, field, offset) _Static_assert(offsetof(type, field) == (offset), #type "." #field)
-#define SIZE(type, size) _Static_assert(sizeof(type) == (size), #type)
-#define NUMBER(name, number) _Static_assert((name) == (number), #name)
 
 FIELD(transfer_request_t, opcode, 0);
 FIELD(transfer_request_t, source, 8);

@@ -141,8 +141,11 @@ public:
     std::uint64_t grow(std::uint64_t length) { return std::stoull(ask("grow %" PRIu64 "\n", length)); }
     // Its notifications so far, as "name=message;".
     std::string notifications() { return ask("notifications\n"); }
-    // It does nothing any more, and goes on as if nothing had been.
-    void stop() { ::kill(process_, SIGSTOP); }
+    // It does nothing any more, when this returns, and goes on as if nothing had been.
+    void stop() {
+        ::kill(process_, SIGSTOP);
+        waitpid(process_, nullptr, WUNTRACED); // its threads do not stop at once
+    }
     void go_on() { ::kill(process_, SIGCONT); }
     void kill() {
         if (process_ <= 0) return;
@@ -202,6 +205,21 @@ private:
     FILE *to_ = nullptr, *from_ = nullptr;
     std::string name_;
     std::uint64_t base_ = 0;
+};
+
+// Another process, and an engine here that has registered memory and opened the other's segment.
+struct Linked {
+    Linked(const std::string &provider, std::size_t length) : peer(provider, length), memory(length) {
+        if (!engine.install(provider)) throw std::runtime_error("the transport is not installed");
+        if (registerLocalMemory(engine, memory.data(), length, "cpu:0", 1) != 0)
+            throw std::runtime_error("the memory is not registered");
+        segment = openSegment(engine, peer.name().c_str());
+        if (segment <= LOCAL_SEGMENT) throw std::runtime_error("the segment is not open");
+    }
+    Peer peer;
+    Memory memory;
+    Engine engine;
+    segment_id_t segment = -1;
 };
 
 // Over a provider.

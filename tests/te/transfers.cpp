@@ -16,13 +16,8 @@ class Transfers : public Over {};
 OVER(Transfers, "tcp", "shm", "efa");
 
 TEST_P(Transfers, WritesAndReads) {
-    Peer peer(provider(), 8 * MiB);
-    Memory memory(8 * MiB);
-    Engine engine;
-    ASSERT_TRUE(engine.install(provider()));
-    ASSERT_EQ(registerLocalMemory(engine, memory.data(), memory.size(), "cpu:0", 1), 0);
-    const segment_id_t segment = openSegment(engine, peer.name().c_str());
-    ASSERT_GT(segment, 0);
+    Linked linked(provider(), 8 * MiB);
+    auto &[peer, memory, engine, segment] = linked;
     std::uint64_t seed = 2;
     for (const std::size_t length : {std::size_t(1), std::size_t(7), 4 * KiB, 64 * KiB + 1, MiB, 8 * MiB}) {
         SCOPED_TRACE(length);
@@ -42,12 +37,8 @@ TEST_P(Transfers, WritesAndReads) {
 
 TEST_P(Transfers, Batch) {
     constexpr std::size_t COUNT = 128, LENGTH = 3 * KiB, STEP = 4 * KiB;
-    Peer peer(provider(), COUNT * STEP);
-    Memory memory(COUNT * STEP);
-    Engine engine;
-    ASSERT_TRUE(engine.install(provider()));
-    ASSERT_EQ(registerLocalMemory(engine, memory.data(), memory.size(), "*", 1), 0);
-    const segment_id_t segment = openSegment(engine, peer.name().c_str());
+    Linked linked(provider(), COUNT * STEP);
+    auto &[peer, memory, engine, segment] = linked;
     const batch_id_t batch = allocateBatchID(engine, COUNT);
     ASSERT_NE(batch, INVALID_BATCH);
     // In two parts; one with a transfer of nothing.
@@ -113,12 +104,8 @@ TEST_P(Transfers, MemoryRegisteredBeforeTheTransport) {
 }
 
 TEST_P(Transfers, MemoryThatThePeerRegistersLater) {
-    Peer peer(provider(), MiB);
-    Memory memory(MiB);
-    Engine engine;
-    ASSERT_TRUE(engine.install(provider()));
-    ASSERT_EQ(registerLocalMemory(engine, memory.data(), MiB, "*", 1), 0);
-    const segment_id_t segment = openSegment(engine, peer.name().c_str());
+    Linked linked(provider(), MiB);
+    auto &[peer, memory, engine, segment] = linked;
     ASSERT_EQ(engine.run(OPCODE_READ, memory.data(), segment, peer.base(), MiB), STATUS_COMPLETED);
     const std::uint64_t later = peer.grow(MiB);
     std::memset(memory.data(), 0, MiB);
@@ -129,12 +116,8 @@ TEST_P(Transfers, MemoryThatThePeerRegistersLater) {
 }
 
 TEST_P(Transfers, Notifications) {
-    Peer peer(provider(), MiB);
-    Memory memory(MiB);
-    Engine engine;
-    ASSERT_TRUE(engine.install(provider()));
-    ASSERT_EQ(registerLocalMemory(engine, memory.data(), MiB, "*", 1), 0);
-    const segment_id_t segment = openSegment(engine, peer.name().c_str());
+    Linked linked(provider(), MiB);
+    auto &[peer, memory, engine, segment] = linked;
     char us[] = "us", first[] = "first \"quoted\" \xc3\xa4", done[] = "done";
     ASSERT_EQ(genNotifyInEngine(engine, segment, {us, first}), 0);
     EXPECT_EQ(peer.notifications(), "us=first \"quoted\" \xc3\xa4;");
@@ -214,12 +197,8 @@ TEST_P(Transfers, TransportGoesAndComes) {
 }
 
 TEST_P(Transfers, LoadAndLinks) {
-    Peer peer(provider(), MiB);
-    Memory memory(MiB);
-    Engine engine;
-    ASSERT_TRUE(engine.install(provider()));
-    ASSERT_EQ(registerLocalMemory(engine, memory.data(), MiB, "*", 1), 0);
-    const segment_id_t segment = openSegment(engine, peer.name().c_str());
+    Linked linked(provider(), MiB);
+    auto &[peer, memory, engine, segment] = linked;
     std::vector<nic_load_stat_t> loads(64);
     std::size_t count = 0;
     ASSERT_EQ(getNicLoadStats(engine, loads.data(), &count), 0);

@@ -13,7 +13,7 @@ use mooncake_efa::config::Config;
 use mooncake_efa::engine::{BatchId, Request, Status, TargetId};
 use mooncake_efa::fabric::Memory;
 use mooncake_efa::topology::Topology;
-use mooncake_efa::transport::{Host, Options, Transport, in_time};
+use mooncake_efa::transport::{Host, Options, Transport, close_when_left};
 use mooncake_efa::{Code, Error, Result};
 use parking_lot::{Mutex, RwLock};
 use serde_json::json;
@@ -28,8 +28,6 @@ use crate::wire::{Answer, Kind, Server};
 const TCP: &str = "tcp";
 /// The protocol of this library.
 const EFA: &str = mooncake_efa::segment::PROTOCOL;
-/// Longest wait for other threads to leave a transport that is being uninstalled.
-pub(crate) const LEAVE: Duration = Duration::from_secs(10);
 /// Most notifications that wait to be fetched, and their bytes: a peer can send them, and the program may never look.
 const INBOX: usize = 65536;
 const INBOX_BYTES: usize = 64 << 20;
@@ -151,8 +149,7 @@ impl Answer for Shared {
                 })?;
                 let taken = self.inbox.lock().take(notification);
                 let message = if taken { "success" } else { "" }.to_owned();
-                let answer = Notification { name: String::new(), message };
-                Ok(serde_json::to_string(&answer).expect("strings have a JSON form"))
+                Ok(metadata::json(&Notification { name: String::new(), message }))
             }
             Kind::Probe => Ok(json!({"status": "success"}).to_string()),
         }
@@ -328,12 +325,9 @@ impl Engine {
                 "protocol tcp is libfabric's tcp provider here: peers need this library too, and it is slower than EFA"
             );
         }
-        if let Some(topology) = &topology {
-            *self.topology.lock() = topology.clone();
-        }
         let transport = Transport::install(Options {
             server_name: self.shared.name.clone(),
-            topology,
+            topology: topology.clone(),
             devices: Vec::new(),
             config: Config { provider, ..self.config.clone() },
             host: Some(Box::new(Guide(self.shared.metadata.clone()))),
@@ -355,8 +349,12 @@ impl Engine {
         let known: Vec<_> =
             memory.iter().map(|(memory, place)| (memory.clone(), &**place)).collect();
         transport.register(&known)?;
-        self.shared.metadata.introduce(transport.descriptor());
-        self.shared.metadata.publish_segment(&transport.descriptor())?;
+        let descriptor = transport.descriptor();
+        self.shared.metadata.publish_segment(&descriptor)?;
+        self.shared.metadata.introduce(descriptor);
+        if let Some(topology) = topology {
+            *self.topology.lock() = topology;
+        }
         self.shared.transport.store(Some(Arc::new(Installed {
             protocol,
             transport,
@@ -384,11 +382,7 @@ impl Engine {
         }
         self.outbox.lock().clear();
         self.outgoing.store(0, Ordering::Relaxed);
-        if !in_time(LEAVE, || Arc::strong_count(&last) == 1) {
-            let text = "other threads are still inside the transport; it is closed when they leave";
-            return Err(Error::new(Code::Busy, text));
-        }
-        Arc::into_inner(last).map_or(Ok(()), |installed| installed.transport.close())
+        close_when_left("transport", last, |installed| installed.transport.close())
     }
 
     /// Ends it: nobody finds it any more, peers get no answers, its transport is closed. Errors are logged.
@@ -705,7 +699,7 @@ impl Engine {
         let mut loads = self.loads.lock();
         loads.truncate(rails.len());
         let load = |(index, rail): (usize, mooncake_efa::stats::RailStats)| {
-            let bytes = rail.counters.bytes_written + rail.counters.bytes_read;
+            let bytes = rail.counters.bytes();
             if loads.len() == index {
                 loads.push(Load { since: now, bytes, bandwidth: 0.0 });
             }
@@ -732,10 +726,7 @@ impl Engine {
         let Ok(rails) = self.shared.with(|installed| Ok(installed.transport.rails())) else {
             return (now, 0);
         };
-        let bytes = rails
-            .iter()
-            .map(|rail| rail.counters.bytes_written + rail.counters.bytes_read)
-            .sum::<u64>();
+        let bytes = rails.iter().map(|rail| rail.counters.bytes()).sum::<u64>();
         let passed = now.duration_since(since).as_secs_f64();
         if bytes > before {
             let speed = (bytes - before) as f64 / passed / f64::from(1 << 20);

@@ -234,6 +234,7 @@ pub fn limits(config: &Config) -> Limits {
     }
 }
 
-fn json(value: &impl Serialize) -> String {
+/// A message's JSON.
+pub(crate) fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("strings and numbers have a JSON form")
 }

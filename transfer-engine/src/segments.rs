@@ -76,7 +76,7 @@ impl Segments {
         (handle, None)
     }
 
-    /// All slots, our own first, with their handles.
+    /// All slots, our own first.
     pub fn iter(&self) -> impl Iterator<Item = &Slot> {
         self.slots.iter().map(|(_, slot)| slot)
     }

@@ -21,10 +21,10 @@ use mooncake_efa::config::Config;
 use mooncake_efa::engine::Status;
 use mooncake_efa::fabric::Memory;
 use mooncake_efa::lines::Lines;
-use mooncake_efa::transport::in_time;
+use mooncake_efa::transport::close_when_left;
 use mooncake_efa::{Code, Error, Result};
 
-use crate::engine::{Engine, Installation, Installed, LEAVE, Transfer};
+use crate::engine::{Engine, Installation, Installed, Transfer};
 use crate::metadata::Notification;
 #[allow(clippy::wildcard_imports)]
 use types::*;
@@ -160,14 +160,7 @@ pub extern "C" fn destroyTransferEngine(engine: transfer_engine_t) {
             })
             .ok_or_else(|| Error::invalid(format!("{engine:p} is not a transfer engine")))?;
         last.close();
-        if in_time(LEAVE, || Arc::strong_count(&last) == 1) {
-            Ok(())
-        } else {
-            Err(Error::new(
-                Code::Busy,
-                "other threads are still inside the engine; it ends when they leave",
-            ))
-        }
+        close_when_left("engine", last, |_| Ok(()))
     });
 }
 
