@@ -73,6 +73,13 @@ pub trait Nic: Send {
         Fault::unanswered(waited)
     }
 
+    /// How long one operation between this region and the peer's memory with this key may be, bytes, where that is
+    /// not what the settings say.
+    fn longest(&self, region: u32, peer: PeerAddress, key: u64) -> Option<u64> {
+        let _ = (region, peer, key);
+        None
+    }
+
     /// Posts an operation. After [`Post::Done`] it completes or fails, exactly once.
     fn post(&mut self, operation: &Operation) -> Post;
 

@@ -130,7 +130,8 @@ impl<N: Nic> Posting<'_, N> {
                 step => return step,
             }
         }
-        let length = span.length.min(self.slice);
+        let longest = self.nic.longest(span.region, peer.address, span.key);
+        let length = span.length.min(longest.unwrap_or(self.slice));
         let operation = Operation {
             write: span.write,
             local: span.local,

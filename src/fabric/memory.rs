@@ -1,5 +1,6 @@
 //! Memory that may be read and written by other hosts.
 
+use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -13,10 +14,23 @@ pub struct Memory {
     address: u64,
     length: u64,
     /// Keeps memory of ours alive; `None` where the caller promised.
-    _owner: Option<Arc<Buffer>>,
+    _owner: Option<Arc<dyn Owner>>,
 }
 
+/// Memory of ours, which is there for as long as this is.
+pub trait Owner: fmt::Debug + Send + Sync {}
+
+impl Owner for Buffer {}
+
 impl Memory {
+    /// All of a mapping that `owner` keeps.
+    ///
+    /// # Safety
+    /// The range must stay mapped until `owner` is dropped, and be free for other hosts to read and write.
+    pub(crate) unsafe fn owned(address: u64, length: u64, owner: Arc<dyn Owner>) -> Self {
+        Self { address, length, _owner: Some(owner) }
+    }
+
     /// Takes the caller's word for `length` bytes at `address` (host, or device as CUDA names it).
     ///
     /// # Errors

@@ -29,6 +29,7 @@ mod wait;
 
 pub use info::{Info, Query};
 pub use load::Libfabric;
+pub(crate) use memory::Owner;
 pub use memory::{Buffer, Memory};
 pub use objects::{
     AddressVector, Completed, CompletionError, CompletionQueue, Domain, Endpoint, EventQueue,

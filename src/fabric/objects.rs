@@ -369,7 +369,7 @@ impl Drop for CompletionQueue {
 }
 
 /// A peer in an address vector (`fi_addr_t`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PeerAddress(pub u64);
 
 /// The peers that an endpoint can reach.
@@ -467,7 +467,7 @@ pub struct MemoryRegion {
     address: u64,
     length: u64,
     descriptor: *mut c_void,
-    _memory: Memory,
+    memory: Memory,
     endpoint: Option<Arc<Bound>>,
     domain: Arc<Domain>,
 }
@@ -519,7 +519,7 @@ impl MemoryRegion {
             address: memory.address(),
             length: memory.length(),
             descriptor: null_mut(),
-            _memory: memory.clone(),
+            memory: memory.clone(),
             endpoint: None,
             domain: domain.clone(),
         };
@@ -551,6 +551,23 @@ impl MemoryRegion {
     /// The key that peers use.
     pub fn key(&self) -> u64 {
         self.key
+    }
+
+    /// First byte.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// The range.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Whether a range is inside.
+    #[inline]
+    fn holds(&self, address: u64, length: usize) -> bool {
+        let offset = address.wrapping_sub(self.address);
+        offset <= self.length && length as u64 <= self.length - offset
     }
 
     /// Ends the registration; the provider's refusal is the error.
@@ -790,8 +807,7 @@ impl Endpoint {
     /// completion.
     #[inline]
     pub fn post(&self, region: &MemoryRegion, op: &Operation) -> Post {
-        let inside = op.local.wrapping_sub(region.address) <= region.length
-            && op.length as u64 <= region.length - op.local.wrapping_sub(region.address);
+        let inside = region.holds(op.local, op.length);
         let Some(context) = self.bound.contexts.get(op.context as usize).filter(|_| inside) else {
             return Post::Failed(ffi::FI_EINVAL as i32);
         };
@@ -849,6 +865,50 @@ impl Endpoint {
             }
         };
         posted(ret)
+    }
+
+    /// Sends a message of `length` bytes at `local`, inside `region`, to a peer that has a receive posted. Completes
+    /// when the buffer may be used again.
+    pub fn send(
+        &self,
+        region: &MemoryRegion,
+        local: u64,
+        length: usize,
+        peer: PeerAddress,
+        context: u32,
+    ) -> Post {
+        self.message(region, local, length, context, |ep, buffer, descriptor, context| {
+            // SAFETY: see `message`.
+            unsafe {
+                call!(ep, msg.send(ep, buffer.cast_const(), length, descriptor, peer.0, context))
+            }
+        })
+    }
+
+    /// Posts a buffer of `length` bytes at `local`, inside `region`, for a message from any peer.
+    pub fn receive(&self, region: &MemoryRegion, local: u64, length: usize, context: u32) -> Post {
+        self.message(region, local, length, context, |ep, buffer, descriptor, context| {
+            // SAFETY: see `message`. FI_ADDR_UNSPEC: from anyone.
+            unsafe { call!(ep, msg.recv(ep, buffer, length, descriptor, u64::MAX, context)) }
+        })
+    }
+
+    /// Calls `post` for a buffer that is inside a live registration (checked here; kept by the caller until the
+    /// completion), with a context that lives as long as the endpoint, which is enabled and used by one thread.
+    fn message(
+        &self,
+        region: &MemoryRegion,
+        local: u64,
+        length: usize,
+        context: u32,
+        post: impl FnOnce(*mut ffi::fid_ep, *mut c_void, *mut c_void, *mut c_void) -> isize,
+    ) -> Post {
+        let context = self.bound.contexts.get(context as usize);
+        let Some(context) = context.filter(|_| region.holds(local, length)) else {
+            return Post::Failed(ffi::FI_EINVAL as i32);
+        };
+        let ep = self.bound.raw.as_ptr();
+        posted(post(ep, local as *mut c_void, region.descriptor, context.get().cast()))
     }
 
     /// Greets a peer by a write of no bytes: [`Post::Again`] until it has answered, after which the write is

@@ -1,11 +1,15 @@
 //! One network device: its endpoint, peers and registered memory.
 #![forbid(unsafe_code)]
 
+mod gpu;
+mod message;
+mod near;
+mod process;
 mod shm;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use crate::engine::{Nic, Operation, PeerAddress, Post};
@@ -15,7 +19,9 @@ use crate::fabric::{
     Libfabric, Memory, MemoryKind, MemoryRegion, Query,
 };
 use crate::fault::{Class, Fault};
-use crate::hmem;
+use crate::hmem::{self, DeviceMemory, Kind};
+use gpu::Gpu;
+use near::{Held, Near, Place};
 
 /// Completions taken at once.
 const BATCH: usize = 64;
@@ -113,13 +119,39 @@ pub struct FabricNic {
     is_efa: bool,
     port: Port,
     generations: Box<[u8]>,
-    regions: Vec<Option<MemoryRegion>>,
+    /// The first context that is not for the engine's operations.
+    first_extra: u32,
+    regions: Vec<Option<Region>>,
     next_key: u64,
+    /// What other NICs of this process see of our regions, and we of theirs.
+    place: Place,
+    near: Vec<Near>,
+    /// Once there is GPU memory here or at a peer.
+    gpu: Option<Box<Gpu>>,
     peers: HashMap<Box<[u8]>, PeerAddress>,
     completed: Box<[Completed; BATCH]>,
     /// Reads of the completion queue that failed.
     unreadable: u64,
     lib: &'static Libfabric,
+}
+
+/// Registered memory.
+struct Region {
+    /// `None` where the provider takes no such memory.
+    nic: Option<MemoryRegion>,
+    key: u64,
+    /// `None` where it was registered without CUDA in the process.
+    held: Option<Arc<Held>>,
+}
+
+impl Region {
+    fn kind(&self) -> Kind {
+        self.held.as_ref().map_or(Kind::Host, |held| held.kind)
+    }
+
+    fn device(&self) -> Option<&DeviceMemory> {
+        self.held.as_ref()?.device.as_ref()
+    }
 }
 
 impl FabricNic {
@@ -133,16 +165,19 @@ impl FabricNic {
             let fabric = Fabric::open(&info)?;
             let domain = Domain::open(&fabric, &info)?;
             let addresses = AddressVector::open(&domain, limits.peers)?;
-            let queue = CompletionQueue::open(&domain, limits.completions)?;
+            let queue = CompletionQueue::open(&domain, limits.completions + gpu::CONTEXTS)?;
             let events = EventQueue::open(&fabric).ok();
             // Strictly below what either queue holds: nothing protects against overrun.
             let most = info.tx_depth().min(queue.size()).saturating_sub(1).max(1);
+            // With room for what is not the engine's, where that is small against it.
+            let most = if most >= 8 * gpu::CONTEXTS { most - gpu::CONTEXTS } else { most };
             let depth = limits.operations.unwrap_or(most).clamp(1, most).min(1 << 16) as u32;
             if let Some(asked) = limits.operations.filter(|&asked| asked > most) {
                 log::warn!("MC_MAX_WR={asked} is more than {} takes; using {most}", device.name);
             }
             let context_bits = depth.next_power_of_two().ilog2();
-            let contexts = (GENERATIONS << context_bits) as usize;
+            let first_extra = GENERATIONS << context_bits;
+            let contexts = first_extra as usize + gpu::CONTEXTS;
             let is_shm = info.provider() == "shm";
             if is_shm {
                 shm::clean();
@@ -157,7 +192,7 @@ impl FabricNic {
             };
             let endpoint =
                 Endpoint::open(&info, &queue, &addresses, events.as_ref(), contexts, configure)?;
-            let address = endpoint.address()?.into();
+            let address: Box<[u8]> = endpoint.address()?.into();
             // EFA's device acknowledges a write when it is in the target's memory. Software must be
             // asked to, and so must the `efa` provider where it emulates writes, or might (1.17
             // does not tell).
@@ -169,6 +204,7 @@ impl FabricNic {
                 endpoint,
                 addresses,
                 events,
+                place: Place::new(&address),
                 address,
                 depth,
                 context_bits,
@@ -176,8 +212,11 @@ impl FabricNic {
                 is_efa,
                 port: Port::new(&device.name),
                 generations: vec![0; depth as usize].into(),
+                first_extra,
                 regions: Vec::new(),
                 next_key: first_key(),
+                near: Vec::new(),
+                gpu: None,
                 peers: HashMap::new(),
                 completed: Box::new([Completed::default(); BATCH]),
                 unreadable: 0,
@@ -215,8 +254,14 @@ impl FabricNic {
         self.endpoint.queue().fd()
     }
 
-    /// Whether sleeping on [`Self::fd`] is safe now.
+    /// Whether sleeping is safe now: on [`Self::fd`], or a little where there is none.
     pub fn may_sleep(&self) -> bool {
+        if self.gpu.as_ref().is_some_and(|gpu| !gpu.is_idle()) {
+            return false;
+        }
+        if self.fd().is_none() {
+            return true;
+        }
         if self.info.device_rma() {
             self.endpoint.queue().forget_event();
         }
@@ -237,34 +282,9 @@ impl FabricNic {
         let key = if self.info.provider_keys() { 0 } else { self.new_key() };
         MemoryRegion::register(&self.endpoint, &self.info, memory, kind, key)
     }
-}
 
-impl Nic for FabricNic {
-    fn depth(&self) -> u32 {
-        self.depth
-    }
-
-    fn max_length(&self) -> u64 {
-        self.info.max_message().max(1)
-    }
-
-    fn virtual_addresses(&self) -> bool {
-        self.info.virtual_addresses()
-    }
-
-    fn register(&mut self, region: u32, memory: &Memory) -> Result<u64> {
-        let kind = hmem::kind_of(memory.address())?;
-        if let (MemoryKind::Cuda(device), false) = (kind, self.info.device_memory()) {
-            return Err(Error::new(
-                Code::Memory,
-                format!(
-                    "memory at {:#x} is on CUDA device {device}, and provider {} takes host memory \
-                     only",
-                    memory.address(),
-                    self.info.provider()
-                ),
-            ));
-        }
+    /// With a key that is not 0.
+    fn register_with_key(&mut self, memory: &Memory, kind: MemoryKind) -> Result<MemoryRegion> {
         let mut made = self.register_once(memory, kind)?;
         if made.key() == 0 {
             // The provider's first key may be 0. Keep it taken while asking for another.
@@ -273,57 +293,43 @@ impl Nic for FabricNic {
         if made.key() == 0 {
             return Err(Error::new(Code::Memory, "the provider gives no other key than 0"));
         }
-        let key = made.key();
-        let index = region as usize;
-        if self.regions.len() <= index {
-            self.regions.resize_with(index + 1, || None);
-        }
-        self.regions[index] = Some(made);
-        Ok(key)
+        Ok(made)
     }
 
-    fn unregister(&mut self, region: u32) -> Result<()> {
-        match self.regions.get_mut(region as usize).and_then(Option::take) {
-            Some(region) => region.close(),
-            None => Ok(()),
-        }
+    fn say_staged(&self) {
+        static SAID: Once = Once::new();
+        SAID.call_once(|| {
+            log::warn!(
+                "libfabric's provider {} takes no GPU memory here: transfers of it go by way of pinned host memory, \
+                 which is slower, and only peers that run mooncake-efa reach it",
+                self.info.provider()
+            );
+        });
     }
 
-    fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
+    /// What of an endpoint's address tells it from others.
+    fn known<'a>(&self, address: &'a [u8]) -> &'a [u8] {
         // What follows means something to its owner only, who may write it differently each time.
-        let known = if self.is_efa { &address[..address.len().min(EFA_ADDRESS)] } else { address };
-        if let Some(&peer) = self.peers.get(known) {
-            return Ok(peer);
+        if self.is_efa { &address[..address.len().min(EFA_ADDRESS)] } else { address }
+    }
+
+    fn region(&self, region: u32) -> Option<&Region> {
+        self.regions.get(region as usize).and_then(Option::as_ref)
+    }
+
+    /// Posts an operation of the engine's to the provider.
+    #[inline]
+    fn post_straight(&self, operation: &Operation) -> Post {
+        match self.region(operation.region).and_then(|region| region.nic.as_ref()) {
+            Some(region) => self.post_from(region, operation),
+            None => Post::Failed(libc::EINVAL),
         }
-        let peer = self.addresses.insert(address)?;
-        self.peers.insert(known.into(), peer);
-        Ok(peer)
     }
 
-    fn disconnect(&mut self, peer: PeerAddress) -> Result<()> {
-        self.peers.retain(|_, known| *known != peer);
-        self.addresses.remove(peer)
-    }
-
-    fn connects(&self) -> bool {
-        !self.is_efa
-    }
-
-    fn greet(&mut self, peer: PeerAddress, remote: u64, key: u64) -> Post {
-        // Older libfabric waits for the answer itself.
-        if self.info.device_rma() { self.endpoint.greet(peer, remote, key) } else { Post::Done }
-    }
-
-    fn unanswered(&mut self, waited: Duration) -> Fault {
-        let fault = Fault::unanswered(waited);
-        if self.port.is_down() { fault.over_down_port() } else { fault }
-    }
-
-    fn post(&mut self, operation: &Operation) -> Post {
-        let slot = operation.slot as usize;
-        let (Some(&generation), Some(Some(region))) =
-            (self.generations.get(slot), self.regions.get(operation.region as usize))
-        else {
+    /// Posts one with its local memory inside `region`.
+    #[inline]
+    fn post_from(&self, region: &MemoryRegion, operation: &Operation) -> Post {
+        let Some(&generation) = self.generations.get(operation.slot as usize) else {
             return Post::Failed(libc::EINVAL);
         };
         self.endpoint.post(
@@ -341,8 +347,13 @@ impl Nic for FabricNic {
         )
     }
 
-    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, Fault)>) {
+    /// Appends what the completion queue has: slots, and from [`Self::EXTRA`] on contexts of [`gpu`]'s.
+    fn read_queue(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, Fault)>) {
+        let first_extra = self.first_extra;
         let mut slot_of = |context: Option<u32>| {
+            if let Some(extra) = context.and_then(|context| context.checked_sub(first_extra)) {
+                return Self::EXTRA + extra;
+            }
             let slot = context.and_then(|context| {
                 let slot = context & ((1 << self.context_bits) - 1);
                 let generation = self.generations.get_mut(slot as usize)?;
@@ -383,6 +394,175 @@ impl Nic for FabricNic {
                     log::error!("{name}: reading completions failed, {count} times so far: {why}");
                 }
             }
+        }
+    }
+
+    /// Above every slot, below the mark of a stray.
+    const EXTRA: u32 = 1 << 30;
+
+    /// Of what a read of the queue appended, takes out what is a step on the way of an operation with GPU memory, and
+    /// adds those that have ended.
+    fn sort_out(
+        &mut self,
+        completed: &mut Vec<u32>,
+        done: usize,
+        failed: &mut Vec<(u32, Fault)>,
+        wrong: usize,
+    ) {
+        let mut steps: Vec<(u32, Option<Fault>)> = Vec::new();
+        let is_step = |slot: u32| {
+            (Self::EXTRA..u32::MAX).contains(&slot)
+                || self.gpu.as_ref().is_some_and(|gpu| gpu.has(slot))
+        };
+        for at in (done..completed.len()).rev() {
+            if is_step(completed[at]) {
+                steps.push((completed.swap_remove(at), None));
+            }
+        }
+        for at in (wrong..failed.len()).rev() {
+            if is_step(failed[at].0) {
+                let (slot, fault) = failed.swap_remove(at);
+                steps.push((slot, Some(fault)));
+            }
+        }
+        for (slot, fault) in steps {
+            let result = fault.map_or(Ok(()), Err);
+            match slot.checked_sub(Self::EXTRA) {
+                Some(extra) => self.gpu_event(extra, result),
+                None => self.gpu_transferred(slot, result),
+            }
+        }
+        self.gpu_turn();
+        if let Some(gpu) = &mut self.gpu {
+            for (slot, result) in gpu.ended() {
+                match result {
+                    Ok(()) => completed.push(slot),
+                    Err(fault) => failed.push((slot, fault)),
+                }
+            }
+        }
+    }
+}
+
+impl Nic for FabricNic {
+    fn depth(&self) -> u32 {
+        self.depth
+    }
+
+    fn max_length(&self) -> u64 {
+        self.info.max_message().max(1)
+    }
+
+    fn virtual_addresses(&self) -> bool {
+        self.info.virtual_addresses()
+    }
+
+    fn register(&mut self, region: u32, memory: &Memory) -> Result<u64> {
+        let held = near::hold(memory)?;
+        let kind = held.as_ref().map_or(Kind::Host, |held| held.kind);
+        let nic = match (kind, self.info.device_memory()) {
+            (Kind::Host | Kind::Pinned, _) => {
+                Some(self.register_with_key(memory, MemoryKind::Host)?)
+            }
+            (Kind::Device(device), true) => {
+                let made = self.register_with_key(memory, MemoryKind::Cuda(device));
+                Some(made.map_err(|error| {
+                    let (length, at) = (memory.length(), memory.address());
+                    error.context(format!("{length} bytes at {at:#x} on CUDA device {device}"))
+                })?)
+            }
+            (Kind::Managed(_), true) => {
+                return Err(Error::new(
+                    Code::NotImplemented,
+                    format!(
+                        "memory at {:#x} is CUDA managed memory, which moves between the host and the GPU, so no \
+                         NIC can reach it; allocate it with cudaMalloc or on the host",
+                        memory.address()
+                    ),
+                ));
+            }
+            (_, false) => {
+                self.say_staged();
+                self.listen()?;
+                None
+            }
+        };
+        let key = match &nic {
+            Some(nic) => nic.key(),
+            None => message::OWNERS_KEY | self.new_key() & 0xffff_ffff,
+        };
+        if let Some(held) = &held {
+            self.place.0.put(key, held.clone());
+        }
+        let index = region as usize;
+        if self.regions.len() <= index {
+            self.regions.resize_with(index + 1, || None);
+        }
+        self.regions[index] = Some(Region { nic, key, held });
+        Ok(key)
+    }
+
+    fn unregister(&mut self, region: u32) -> Result<()> {
+        let region = self.regions.get_mut(region as usize).and_then(Option::take);
+        let Some(Region { nic, key, held }) = region else { return Ok(()) };
+        let quiet = held.map_or(Ok(()), |held| self.gpu_unregister(key, &held));
+        quiet.and(nic.map_or(Ok(()), MemoryRegion::close))
+    }
+
+    fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
+        let known = self.known(address);
+        if let Some(&peer) = self.peers.get(known) {
+            return Ok(peer);
+        }
+        let peer = self.addresses.insert(address)?;
+        let known: Box<[u8]> = known.into();
+        self.meet(&known, peer);
+        self.peers.insert(known, peer);
+        Ok(peer)
+    }
+
+    fn disconnect(&mut self, peer: PeerAddress) -> Result<()> {
+        self.peers.retain(|_, known| *known != peer);
+        self.near.retain(|(near, _)| *near != peer);
+        let busy = self.gpu.as_mut().is_some_and(|gpu| {
+            gpu.forget(peer);
+            gpu.serves(peer)
+        });
+        // An address with operations in flight must stay; the provider's table has one entry more.
+        if busy { Ok(()) } else { self.addresses.remove(peer) }
+    }
+
+    fn longest(&self, region: u32, peer: PeerAddress, key: u64) -> Option<u64> {
+        if Self::goes_straight(key) { None } else { self.gpu_longest(region, peer, key) }
+    }
+
+    fn connects(&self) -> bool {
+        !self.is_efa
+    }
+
+    fn greet(&mut self, peer: PeerAddress, remote: u64, key: u64) -> Post {
+        // Older libfabric waits for the answer itself.
+        if self.info.device_rma() { self.endpoint.greet(peer, remote, key) } else { Post::Done }
+    }
+
+    fn unanswered(&mut self, waited: Duration) -> Fault {
+        let fault = Fault::unanswered(waited);
+        if self.port.is_down() { fault.over_down_port() } else { fault }
+    }
+
+    fn post(&mut self, operation: &Operation) -> Post {
+        if Self::goes_straight(operation.key) {
+            self.post_straight(operation)
+        } else {
+            self.gpu_post(operation)
+        }
+    }
+
+    fn poll(&mut self, completed: &mut Vec<u32>, failed: &mut Vec<(u32, Fault)>) {
+        let (done, wrong) = (completed.len(), failed.len());
+        self.read_queue(completed, failed);
+        if self.gpu.is_some() {
+            self.sort_out(completed, done, failed, wrong);
         }
     }
 

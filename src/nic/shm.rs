@@ -8,36 +8,28 @@
 use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
 
+use super::process::{self, Process};
+
 /// Where the files are.
 const DIRECTORY: &str = "/dev/shm";
 /// What the provider's names begin with; the file's does not.
 const PREFIX: &str = "fi_shm://";
 const OURS: &str = "mefa";
 
-/// A process, for all times and containers.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Owner {
-    process: u32,
-    /// Its namespace of process ids, as the kernel numbers them.
-    namespace: u64,
-    /// When it was started, in the kernel's ticks since boot.
-    started: u64,
-}
-
 /// A name that no endpoint has or had. `None` where `/proc` does not tell who we are.
 pub(super) fn name() -> Option<String> {
-    let Owner { process, namespace, started } = Owner::ourselves()?;
-    let random = RandomState::new().hash_one(process);
+    let Process { id, namespace, started, .. } = Process::ourselves()?;
+    let random = RandomState::new().hash_one(id);
     // The process id comes first, as in the provider's own names.
-    Some(format!("{PREFIX}{process}:{OURS}:{namespace:x}:{started:x}:{random:016x}"))
+    Some(format!("{PREFIX}{id}:{OURS}:{namespace:x}:{started:x}:{random:016x}"))
 }
 
 /// Removes the files of our processes that are gone.
 pub(super) fn clean() {
-    let Some(ourselves) = Owner::ourselves() else { return };
+    let Some(ourselves) = Process::ourselves() else { return };
     for entry in std::fs::read_dir(DIRECTORY).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let owner = name.to_str().and_then(Owner::of);
+        let owner = name.to_str().and_then(owner);
         // Of another namespace's processes we cannot know whether they live.
         if owner.is_some_and(|owner| owner.namespace == ourselves.namespace && !owner.is_alive()) {
             // It may be another user's, who will do it himself.
@@ -48,38 +40,21 @@ pub(super) fn clean() {
     }
 }
 
-impl Owner {
-    fn ourselves() -> Option<Self> {
-        let process = std::process::id();
-        let link = std::fs::read_link("/proc/self/ns/pid").ok()?;
-        // pid:[4026531836]
-        let namespace = link.to_str()?.strip_prefix("pid:[")?.strip_suffix(']')?.parse().ok()?;
-        Some(Self { process, namespace, started: started(process)? })
-    }
-
-    /// Whose a file is, if it is one of ours.
-    fn of(file: &str) -> Option<Self> {
-        let mut parts = file.split(':');
-        let process = parts.next()?.parse().ok()?;
-        (parts.next()? == OURS).then_some(())?;
-        let mut number = || u64::from_str_radix(parts.next()?, 16).ok();
-        Some(Self { process, namespace: number()?, started: number()? })
-    }
-
-    /// In our own namespace.
-    fn is_alive(self) -> bool {
-        // Where /proc cannot be read nothing is removed.
-        !Path::new("/proc/self/stat").exists() || started(self.process) == Some(self.started)
-    }
+/// Whether the endpoint with this address, the provider's text with its NUL, is known not to be there any more.
+pub(super) fn is_gone(address: &[u8]) -> bool {
+    let text = std::str::from_utf8(address).ok().map(|text| text.trim_end_matches('\0'));
+    let Some(file) = text.and_then(|text| text.strip_prefix(PREFIX)) else { return false };
+    let Some((owner, ourselves)) = owner(file).zip(Process::ourselves()) else { return false };
+    owner.is_near(&ourselves) && (!owner.is_alive() || !Path::new(DIRECTORY).join(file).exists())
 }
 
-/// When a process was started; `None` if it is not there, or dead and only not waited for.
-fn started(process: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // Its name is in parentheses and may have any in itself. After that: state, and 18 fields before this one.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    let dead = matches!(fields.next()?, "Z" | "X");
-    fields.nth(18).filter(|_| !dead)?.parse().ok()
+/// Whose a file is, if it is one of ours.
+fn owner(file: &str) -> Option<Process> {
+    let mut parts = file.split(':');
+    let id = parts.next()?.parse().ok()?;
+    (parts.next()? == OURS).then_some(())?;
+    let mut number = || u64::from_str_radix(parts.next()?, 16).ok();
+    Some(Process { id, namespace: number()?, started: number()?, boot: process::boot() })
 }
 
 #[cfg(test)]
@@ -88,9 +63,9 @@ mod tests {
 
     use super::*;
 
-    fn file(owner: Owner) -> std::path::PathBuf {
-        let Owner { process, namespace, started } = owner;
-        Path::new(DIRECTORY).join(format!("{process}:{OURS}:{namespace:x}:{started:x}:test"))
+    fn file(owner: Process) -> std::path::PathBuf {
+        let Process { id, namespace, started, .. } = owner;
+        Path::new(DIRECTORY).join(format!("{id}:{OURS}:{namespace:x}:{started:x}:test"))
     }
 
     #[test]
@@ -98,29 +73,28 @@ mod tests {
         let names = [name().expect("/proc"), name().expect("/proc")];
         assert_ne!(names[0], names[1]);
         for name in names {
-            let owner = Owner::of(name.strip_prefix(PREFIX).expect("the provider's form"));
-            assert!(owner == Owner::ourselves() && owner.is_some_and(Owner::is_alive));
+            let owner = owner(name.strip_prefix(PREFIX).expect("the provider's form"));
+            assert!(owner == Process::ourselves() && owner.is_some_and(|owner| owner.is_alive()));
         }
         for foreign in ["1:0:0", "17", "x:mefa:1:2:3", "1:mefa:1", "sem.mefa", "1:mefa:1:z:3"] {
-            assert!(Owner::of(foreign).is_none(), "{foreign}");
+            assert!(owner(foreign).is_none(), "{foreign}");
         }
     }
 
     #[test]
     fn only_what_dead_processes_left_is_removed() {
-        let ourselves = Owner::ourselves().expect("/proc");
+        let ourselves = Process::ourselves().expect("/proc");
         // A process that is dead, whether or not it was waited for.
         let mut child = Command::new("true").spawn().expect("started");
-        let process = child.id();
-        let dead = Owner { process, ..ourselves };
-        while started(process).is_some() {
+        let dead = Process { id: child.id(), ..ourselves };
+        while process::started(dead.id).is_some() {
             std::thread::yield_now();
         }
         assert!(!dead.is_alive());
         child.wait().expect("it ended");
         // One with our number that was there before us; and those that are not ours to judge.
-        let before = Owner { started: ourselves.started - 1, ..ourselves };
-        let elsewhere = Owner { namespace: 1, ..dead };
+        let before = Process { started: ourselves.started - 1, ..ourselves };
+        let elsewhere = Process { namespace: 1, ..dead };
         let files = [dead, before, ourselves, elsewhere].map(file);
         files.iter().for_each(|file| std::fs::write(file, "").expect("written"));
         clean();

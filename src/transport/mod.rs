@@ -22,8 +22,8 @@ use crate::engine::{
     RemoteSegment, Request, Settings, Status, TargetId,
 };
 use crate::error::{Code, Error, Result};
-use crate::fabric::{Libfabric, Memory, MemoryKind};
-use crate::hmem;
+use crate::fabric::{Libfabric, Memory};
+use crate::hmem::{self, Kind};
 use crate::lines::Lines;
 use crate::nic::{self, Device, FabricNic, Limits};
 use crate::segment::{self, Buffer as BufferDescriptor, Handshake, Segment};
@@ -349,10 +349,12 @@ impl Transport {
         let mut registrations = Vec::with_capacity(wanted.len());
         for (memory, location) in wanted {
             peers_read("location", location)?;
-            let kind = hmem::kind_of(memory.address())?;
+            let kind = hmem::kind_of(memory)?;
             let location = match (*location, kind) {
-                ("*" | "", MemoryKind::Cuda(device)) => format!("cuda:{device}"),
-                ("*" | "", MemoryKind::Host) => {
+                ("*" | "", Kind::Device(device) | Kind::Managed(device)) => {
+                    format!("cuda:{device}")
+                }
+                ("*" | "", Kind::Host | Kind::Pinned) => {
                     format!("cpu:{}", hmem::numa_node(memory.address()).unwrap_or(0))
                 }
                 (given, _) => given.to_owned(),
@@ -360,13 +362,13 @@ impl Transport {
             let (near, far) = shared.topology.nics_for(&location, &shared.names);
             let narrow = |nics: &[usize]| nics.iter().map(|&nic| nic as u16).collect::<Vec<_>>();
             let only_near = shared.config.nic_selection == NicSelection::Local
-                && kind != MemoryKind::Host
+                && !kind.is_host()
                 && !near.is_empty();
             let all = narrow(&[near.clone(), far].concat());
             let near = narrow(&near);
             let rails = if only_near { near.clone() } else { all };
             let page = match (&mapped, kind) {
-                (_, MemoryKind::Cuda(_)) => DEVICE_PAGE,
+                (_, Kind::Device(_) | Kind::Managed(_)) => DEVICE_PAGE,
                 (Some(mapped), _) if memory.length() >= WORTH_ASKING => {
                     mapped.size(memory.address(), memory.length())
                 }

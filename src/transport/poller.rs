@@ -185,7 +185,7 @@ fn sleep(engine: &Engine<FabricNic>, rails: &[usize], waiter: &Waiter, longest: 
     for &rail in rails {
         let looked = engine.with_nic(rail, |nic| {
             fds.extend(nic.fd());
-            Ok(nic.fd().is_none() || nic.may_sleep())
+            Ok(nic.may_sleep())
         });
         quiet &= looked.unwrap_or(false);
     }
