@@ -13,7 +13,7 @@ pub mod engine;
 pub mod error;
 pub mod fabric;
 pub mod fault;
-mod hmem;
+pub mod hmem;
 pub mod lines;
 pub mod nic;
 pub mod segment;
