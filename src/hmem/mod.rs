@@ -149,11 +149,6 @@ impl DeviceMemory {
         &self.context
     }
 
-    /// CUDA moves it as it likes.
-    pub fn is_managed(&self) -> bool {
-        self.managed
-    }
-
     /// As [`Self::shared`], if that was asked for before.
     pub fn shared_already(&self) -> Option<&Shared> {
         self.shared.get().and_then(Option::as_ref)

@@ -114,6 +114,20 @@ enum Step {
     Copy,
 }
 
+/// How an operation gets to the other end.
+enum Way {
+    /// The NIC does it.
+    Straight,
+    /// A copy inside the process.
+    Inside(Arc<Held>),
+    /// The NIC does it, from or to pinned memory of ours.
+    Staged,
+    /// The owner does it, with the NIC.
+    Asked,
+    /// The owner does it, by CUDA alone.
+    Direct,
+}
+
 /// What is known of the process at the other end.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Peer {
@@ -285,12 +299,27 @@ impl FabricNic {
         result
     }
 
-    /// The other end of an operation, if it is in this process and a copy is what is wanted.
-    fn far_end(&self, operation: &Operation) -> Option<Arc<Held>> {
-        let (_, shelf) = self.near.iter().find(|(peer, _)| *peer == operation.peer)?;
-        let far = shelf.find(operation.key)?;
-        let ours = self.region(operation.region)?;
-        (!far.kind.is_host() || !ours.kind().is_host()).then_some(far)
+    /// How an operation gets to the other end.
+    fn way(&self, region: u32, peer: PeerAddress, key: u64) -> Way {
+        let Some(ours) = self.region(region) else { return Way::Straight };
+        let near = self.near.iter().find(|(near, _)| *near == peer);
+        if let Some(far) = near.and_then(|(_, shelf)| shelf.find(key)) {
+            if !far.kind.is_host() || !ours.kind().is_host() {
+                return Way::Inside(far);
+            }
+        }
+        match (message::is_owners(key), ours.device()) {
+            (true, Some(device)) if self.is_direct(peer, device) => Way::Direct,
+            (true, _) => Way::Asked,
+            (false, _) if ours.nic.is_none() => Way::Staged,
+            _ => Way::Straight,
+        }
+    }
+
+    /// Whether the owner of a peer's memory copies by CUDA from and to ours.
+    fn is_direct(&self, peer: PeerAddress, device: &DeviceMemory) -> bool {
+        let known = self.gpu.as_ref().and_then(|gpu| gpu.peers.get(&peer));
+        matches!(known, Some(Peer::Near(_))) && device.shared().is_some()
     }
 
     /// Whether the NIC does operations on memory with this key by itself, whatever their other end.
@@ -301,35 +330,25 @@ impl FabricNic {
 
     /// See [`Nic::longest`].
     pub(super) fn gpu_longest(&self, region: u32, peer: PeerAddress, key: u64) -> Option<u64> {
-        let ours = self.region(region)?;
-        let near = self.near.iter().find(|(near, _)| *near == peer);
-        if let Some(far) = near.and_then(|(_, shelf)| shelf.find(key)) {
-            return match (ours.kind(), far.kind) {
-                (Kind::Host, _) | (_, Kind::Host) => Some(PIECE),
-                _ => Some(COPY),
+        match self.way(region, peer, key) {
+            Way::Straight => None,
+            Way::Direct => Some(COPY),
+            Way::Staged | Way::Asked => Some(PIECE),
+            Way::Inside(far) => {
+                let pinned = |kind| kind != Kind::Host;
+                let ours = self.region(region)?;
+                Some(if pinned(far.kind) && pinned(ours.kind()) { COPY } else { PIECE })
             }
-            .filter(|_| !ours.kind().is_host() || !far.kind.is_host());
         }
-        let direct = message::is_owners(key)
-            && ours.device().is_some()
-            && self
-                .gpu
-                .as_ref()
-                .is_some_and(|gpu| matches!(gpu.peers.get(&peer), Some(Peer::Near(_))));
-        if direct {
-            return Some(COPY);
-        }
-        (message::is_owners(key) || ours.nic.is_none()).then_some(PIECE)
     }
 
     /// As [`Nic::post`], for an operation that may not go straight.
     pub(super) fn gpu_post(&mut self, operation: &Operation) -> Post {
-        let Some(ours) = self.region(operation.region) else { return Post::Failed(libc::EINVAL) };
-        let far = self.far_end(operation);
-        if far.is_none() && ours.nic.is_some() && !message::is_owners(operation.key) {
+        let way = self.way(operation.region, operation.peer, operation.key);
+        if let Way::Straight = way {
             return self.post_straight(operation);
         }
-        self.with_gpu(|nic, gpu| match nic.begin(gpu, operation, far) {
+        self.with_gpu(|nic, gpu| match nic.begin(gpu, operation, way) {
             Ok(true) => Post::Done,
             Ok(false) => Post::Again,
             Err(fault) => {
@@ -341,13 +360,8 @@ impl FabricNic {
     }
 
     /// Starts an operation; false if there is no room for it now.
-    fn begin(
-        &mut self,
-        gpu: &mut Gpu,
-        operation: &Operation,
-        far: Option<Arc<Held>>,
-    ) -> Result<bool, Fault> {
-        let slot = operation.slot;
+    fn begin(&mut self, gpu: &mut Gpu, operation: &Operation, way: Way) -> Result<bool, Fault> {
+        let Operation { write, local, length, slot, peer, .. } = *operation;
         gpu.sequence = gpu.sequence.wrapping_add(1);
         let mut ours = Ours {
             operation: *operation,
@@ -356,47 +370,43 @@ impl FabricNic {
             piece: None,
             far: None,
             region: None,
-            direct: false,
+            direct: matches!(way, Way::Direct),
             heard: Instant::now(),
         };
-        if let Some(far) = far {
+        if let Way::Inside(far) = way {
             return self.begin_copy(gpu, ours, far);
         }
-        let held = self.region(operation.region).ok_or_else(gone)?.held.clone();
+        let region = self.region(operation.region).ok_or_else(gone)?;
+        let memory = region.nic.as_ref().map(MemoryRegion::memory).cloned();
+        let held = region.held.clone();
         let device = held.as_ref().and_then(|held| held.device.as_ref());
-        let asks = message::is_owners(operation.key);
-        if asks {
+        if matches!(way, Way::Asked | Way::Direct) {
             self.open_mail(gpu)?;
         }
-        if let (true, Some(device)) = (asks, device) {
-            ours.direct = self.is_direct(gpu, operation.peer, device);
-        }
-        if let (Some(memory), false) = (device, ours.direct) {
+        if let (Way::Staged | Way::Asked, Some(memory)) = (&way, device) {
+            if !gpu.peers.contains_key(&peer) && matches!(way, Way::Asked) {
+                // If he is on this host, what comes next need not be staged.
+                gpu.peers.insert(peer, Peer::Asked);
+                self.say(gpu, peer, None, 0, gpu.life, Body::Hello);
+            }
             let pieces = self.pieces(&mut gpu.pieces, memory.context()).map_err(failed)?;
             let Some(piece) = pieces.free.pop() else { return Ok(false) };
             ours.piece = Some(piece);
-            let address = pieces.address(piece);
-            if operation.write {
+            if write {
                 ours.step = Step::Fill;
-                let from = (operation.local, device);
-                let copied = gpu.copy((address, None), from, operation.length, slot.into());
-                if let Err(error) = copied {
-                    gpu.pieces.iter_mut().for_each(|pieces| pieces.free.push(piece));
-                    return Err(failed(error));
-                }
+                let to = pieces.address(piece);
                 gpu.ours.insert(slot, ours);
+                if let Err(error) = gpu.copy((to, None), (local, device), length, slot.into()) {
+                    gpu.end(slot, Err(failed(error)));
+                }
                 return Ok(true);
             }
-        } else if device.is_none() {
-            // For this request only: when it is over, so is what its owner may do to our memory.
-            let memory = self.region(operation.region).and_then(|region| {
-                let nic = region.nic.as_ref()?;
-                Some(nic.memory().part(operation.local - nic.address(), operation.length))
-            });
-            let memory = memory.ok_or_else(gone)?;
-            ours.region = Some(self.register_once(&memory, MemoryKind::Host).map_err(failed)?);
+        } else if let (Way::Asked, Some(memory)) = (&way, memory) {
+            // For this request only: when it is over, so is what the owner may do to our memory.
+            let part = memory.part(local - memory.address(), length);
+            ours.region = Some(self.register_once(&part, MemoryKind::Host).map_err(failed)?);
         }
-        ours.step = if asks { Step::Ask } else { Step::Post };
+        ours.step = if let Way::Staged = way { Step::Post } else { Step::Ask };
         gpu.ours.insert(slot, ours);
         self.go_on(gpu, slot);
         Ok(true)
@@ -448,20 +458,6 @@ impl FabricNic {
             gpu.end(slot, Err(failed(error)));
         }
         Ok(true)
-    }
-
-    /// Whether the owner of a peer's memory copies by CUDA from and to ours. Asks him who he is, if that is not
-    /// known; until he says, things are staged.
-    fn is_direct(&mut self, gpu: &mut Gpu, peer: PeerAddress, device: &DeviceMemory) -> bool {
-        match gpu.peers.get(&peer) {
-            Some(Peer::Near(_)) => !device.is_managed() && device.shared().is_some(),
-            Some(_) => false,
-            None => {
-                gpu.peers.insert(peer, Peer::Asked);
-                self.say(gpu, peer, None, 0, gpu.life, Body::Hello);
-                false
-            }
-        }
     }
 
     /// Takes an operation's next step, if it can be taken now.
