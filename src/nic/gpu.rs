@@ -14,7 +14,7 @@
 //! To the engine these are operations like others. Nothing here waits: [`FabricNic::gpu_turn`] looks at what has
 //! happened and takes the next steps.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -68,6 +68,8 @@ pub(super) struct Gpu {
     lent: Option<Pieces>,
     imports: VecDeque<([u8; 64], Arc<Context>, Arc<Import>)>,
     peers: HashMap<PeerAddress, Peer>,
+    /// Endpoints of those that are [`Peer::Far`]: they stay so when they are connected to anew.
+    far: HashSet<Box<[u8]>>,
     /// What ended, for the next poll to tell.
     ended: Vec<(u32, Result<(), Fault>)>,
     /// Pairs of devices that have been introduced to each other.
@@ -135,8 +137,12 @@ enum Peer {
     Asked,
     /// It cannot map memory of ours.
     Far,
-    /// It is on this host.
+    /// It is on this host, and may be able to: one operation is to find out.
     Near(Process),
+    /// One is about it.
+    Tried(Process),
+    /// It can.
+    Shares(Process),
 }
 
 /// A request of another's.
@@ -204,6 +210,7 @@ impl Default for Gpu {
             lent: None,
             imports: VecDeque::new(),
             peers: HashMap::new(),
+            far: HashSet::new(),
             ended: Vec::new(),
             introduced: Vec::new(),
             sequence: 0,
@@ -250,6 +257,15 @@ impl Gpu {
 
     fn end(&mut self, slot: u32, result: Result<(), Fault>) {
         let Some(ours) = self.ours.remove(&slot) else { return };
+        if ours.direct {
+            let peer = self.peers.get_mut(&ours.operation.peer);
+            if let Some(state) = peer {
+                if let Peer::Tried(process) = *state {
+                    *state =
+                        if result.is_ok() { Peer::Shares(process) } else { Peer::Near(process) };
+                }
+            }
+        }
         if let (Some(piece), Some(pieces)) = (ours.piece, &mut self.pieces) {
             pieces.free.push(piece);
         }
@@ -319,7 +335,7 @@ impl FabricNic {
     /// Whether the owner of a peer's memory copies by CUDA from and to ours.
     fn is_direct(&self, peer: PeerAddress, device: &DeviceMemory) -> bool {
         let known = self.gpu.as_ref().and_then(|gpu| gpu.peers.get(&peer));
-        matches!(known, Some(Peer::Near(_))) && device.shared().is_some()
+        matches!(known, Some(Peer::Near(_) | Peer::Shares(_))) && device.shared().is_some()
     }
 
     /// Whether the NIC does operations on memory with this key by itself, whatever their other end.
@@ -386,8 +402,12 @@ impl FabricNic {
         if let (Way::Staged | Way::Asked, Some(memory)) = (&way, device) {
             if !gpu.peers.contains_key(&peer) && matches!(way, Way::Asked) {
                 // If he is on this host, what comes next need not be staged.
-                gpu.peers.insert(peer, Peer::Asked);
-                self.say(gpu, peer, None, 0, gpu.life, Body::Hello);
+                if self.address_of(peer).is_some_and(|address| gpu.far.contains(address)) {
+                    gpu.peers.insert(peer, Peer::Far);
+                } else {
+                    gpu.peers.insert(peer, Peer::Asked);
+                    self.say(gpu, peer, None, 0, gpu.life, Body::Hello);
+                }
             }
             let pieces = self.pieces(&mut gpu.pieces, memory.context()).map_err(failed)?;
             let Some(piece) = pieces.free.pop() else { return Ok(false) };
@@ -405,6 +425,9 @@ impl FabricNic {
             // For this request only: when it is over, so is what the owner may do to our memory.
             let part = memory.part(local - memory.address(), length);
             ours.region = Some(self.register_once(&part, MemoryKind::Host).map_err(failed)?);
+        }
+        if let (Way::Direct, Some(Peer::Near(process))) = (&way, gpu.peers.get(&peer)) {
+            gpu.peers.insert(peer, Peer::Tried(*process));
         }
         ours.step = if let Way::Staged = way { Step::Post } else { Step::Ask };
         gpu.ours.insert(slot, ours);
@@ -625,7 +648,7 @@ impl FabricNic {
             .collect();
         for (slot, id, peer) in silent {
             let dead = match gpu.peers.get(&peer) {
-                Some(Peer::Near(process)) => !process.is_alive(),
+                Some(Peer::Tried(process) | Peer::Shares(process)) => !process.is_alive(),
                 _ => false,
             };
             if dead || (self.is_shm() && self.address_of(peer).is_some_and(shm::is_gone)) {
@@ -841,10 +864,10 @@ impl FabricNic {
         if let (Some(gpu), Some(device)) = (&self.gpu, &held.device) {
             if let Some(shared) = gpu.mail.is_some().then(|| device.shared_already()).flatten() {
                 // They have it mapped; it would not be freed when its owner frees it.
-                let near = |(peer, state): (&PeerAddress, &Peer)| {
-                    matches!(state, Peer::Near(_)).then_some(*peer)
+                let shares = |(peer, state): (&PeerAddress, &Peer)| {
+                    matches!(state, Peer::Shares(_)).then_some(*peer)
                 };
-                let peers: Vec<PeerAddress> = gpu.peers.iter().filter_map(near).collect();
+                let peers: Vec<PeerAddress> = gpu.peers.iter().filter_map(shares).collect();
                 let handle = shared.handle;
                 self.with_gpu(|nic, gpu| {
                     let life = gpu.life;
@@ -1038,8 +1061,10 @@ impl FabricNic {
             (Body::Welcome, _) => {
                 let known = self.peers.get(self.known(&message.address)).copied();
                 if let Some(state) = known.and_then(|peer| gpu.peers.get_mut(&peer)) {
-                    let near = message.sender.is_near(&gpu.ourselves);
-                    *state = if near { Peer::Near(message.sender) } else { Peer::Far };
+                    if let Peer::Asked = *state {
+                        let near = message.sender.is_near(&gpu.ourselves);
+                        *state = if near { Peer::Near(message.sender) } else { Peer::Far };
+                    }
                 }
             }
             (Body::Forget { handle }, _) => gpu.imports.retain(|(known, ..)| known != handle),
@@ -1079,11 +1104,11 @@ impl FabricNic {
     fn not_shared(&mut self, gpu: &mut Gpu, slot: u32, text: &str) {
         let Some(ours) = gpu.ours.get(&slot) else { return };
         let peer = ours.operation.peer;
-        if gpu.peers.insert(peer, Peer::Far) != Some(Peer::Far) {
-            log::warn!(
-                "GPU memory of another process on this host goes by way of host memory, which is slower: {text}"
-            );
-        }
+        gpu.peers.insert(peer, Peer::Far);
+        gpu.far.extend(self.address_of(peer).map(Box::from));
+        log::warn!(
+            "GPU memory of another process on this host is reached by way of host memory, which is slower: {text}"
+        );
         gpu.end(slot, Err(Fault::of(Class::Pressure, text)));
     }
 
