@@ -35,7 +35,7 @@ pub use objects::{
     AddressVector, Completed, CompletionError, CompletionQueue, Domain, Endpoint, EventQueue,
     Fabric, MemoryKind, MemoryRegion, Operation, PeerAddress, Post,
 };
-pub use wait::Waiter;
+pub use wait::{Waiter, thread_cpu_time};
 
 /// libfabric's errno for "try again after reading completions".
 pub const EAGAIN: i32 = bindings::FI_EAGAIN as i32;

@@ -5,6 +5,14 @@ use std::time::Duration;
 
 use crate::error::{Code, Error, Result};
 
+/// How long this thread has run on a core so far.
+pub fn thread_cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 /// A thread's bed: sleeps on file descriptors, and can be woken by others.
 pub struct Waiter {
     wake: OwnedFd,

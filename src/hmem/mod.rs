@@ -111,6 +111,7 @@ pub struct DeviceMemory {
     length: u64,
     context: Arc<Context>,
     managed: bool,
+    unowned: bool,
     shared: OnceLock<Option<Shared>>,
 }
 
@@ -141,12 +142,18 @@ impl DeviceMemory {
             error.context(format!("memory at {:#x} on CUDA device {device}", memory.address()))
         })?;
         let (address, length) = (memory.address(), memory.length());
-        Ok(Some(Self { address, length, context, managed, shared: OnceLock::new() }))
+        let unowned = driver.ask(Attribute::Context, address).unwrap_or(0) == 0;
+        Ok(Some(Self { address, length, context, managed, unowned, shared: OnceLock::new() }))
     }
 
     /// The context that its copies run in.
     pub fn context(&self) -> &Arc<Context> {
         &self.context
+    }
+
+    /// No context owns it: it is mapped by CUDA's virtual memory management, or from a pool.
+    pub fn is_unowned(&self) -> bool {
+        self.unowned
     }
 
     /// As [`Self::shared`], if that was asked for before.

@@ -77,7 +77,9 @@ pub fn devices(lib: &'static Libfabric, provider: &str, ipv6: bool) -> Result<Ve
     let layered = format!("{provider};ofi_rxm");
     let names = [provider, &layered];
     for name in &names[..if provider.contains(';') { 1 } else { 2 }] {
-        for hmem in [hmem::cuda_loaded(), false] {
+        // `shm` says that it takes GPU memory whether or not it does (1.17 to 2.7), and those that do copy inside a poll, in
+        // whatever context the thread has.
+        for hmem in [provider == "efa" && hmem::cuda_loaded(), false] {
             let query = Query { provider: name, fabric, hmem };
             let infos = Info::query(lib, &query)?;
             if !infos.is_empty() {
@@ -300,8 +302,8 @@ impl FabricNic {
         static SAID: Once = Once::new();
         SAID.call_once(|| {
             log::warn!(
-                "libfabric's provider {} takes no GPU memory here: transfers of it go by way of pinned host memory, \
-                 which is slower, and only peers that run mooncake-efa reach it",
+                "libfabric's provider {} takes no GPU memory here: it is staged through pinned host memory, which is \
+                 slower, and only peers that run mooncake-efa reach it",
                 self.info.provider()
             );
         });

@@ -10,6 +10,7 @@ use crate::engine::{Engine, Nic};
 use crate::error::Result;
 #[cfg(not(all(test, loom)))]
 use crate::fabric::Waiter;
+use crate::fabric::thread_cpu_time;
 use crate::nic::FabricNic;
 use crate::sync::{AtomicBool, Ordering, fence};
 
@@ -37,7 +38,7 @@ const COLD_SLACK: u64 = 5000;
 const WARM_SLACK: u64 = 250;
 /// A first poll that takes so much longer than an empty one is no accident.
 const COLD_CERTAIN: u64 = 20_000;
-/// And one that takes so long was interrupted by another thread.
+/// And one that takes so long may have been interrupted by another thread: then it did not run for that long.
 const INTERRUPTED: u64 = 1_000_000;
 /// Time between two polls from which the second is slow too, because another thread ran.
 const GAP: u64 = 5000;
@@ -92,6 +93,8 @@ pub(super) fn run(
     let mut cold = true;
     let (mut last_active, mut woken) = (clock(), 0);
     let mut looked = last_active;
+    // When it was, and how long this thread had run: at the last sleep or long poll.
+    let mut ran = (looked, thread_cpu_time());
     while !stop.load(Ordering::Acquire) {
         let mut now = clock();
         // If others ran meanwhile, their data are in the cache.
@@ -116,7 +119,12 @@ pub(super) fn run(
                 }
                 let before = std::mem::replace(&mut now, clock());
                 *evidence += match now - before {
-                    INTERRUPTED.. => 0,
+                    took @ INTERRUPTED.. => {
+                        let was = std::mem::replace(&mut ran, (now, thread_cpu_time()));
+                        let stolen =
+                            (now - was.0).saturating_sub((ran.1 - was.1).as_nanos() as u64);
+                        if stolen < took / 2 { EVIDENCE } else { 0 }
+                    }
                     took if cold => {
                         let excess = first.excess(took);
                         u32::from(excess > COLD_SLACK) + u32::from(excess > COLD_CERTAIN)
@@ -154,6 +162,7 @@ pub(super) fn run(
             sleep_unless_needed(engine, rails, &sleepers[index], stop, moves, sleep);
             efforts.iter_mut().for_each(|(_, evidence)| *evidence = 0);
             (cold, woken) = (true, clock());
+            ran = (woken, thread_cpu_time());
         }
     }
 }
