@@ -75,7 +75,7 @@ pub trait Nic: Send {
 
     /// How long one operation between this region and the peer's memory with this key may be, bytes, where that is
     /// not what the settings say.
-    fn longest(&self, region: u32, peer: PeerAddress, key: u64) -> Option<u64> {
+    fn longest(&mut self, region: u32, peer: PeerAddress, key: u64) -> Option<u64> {
         let _ = (region, peer, key);
         None
     }

@@ -22,13 +22,27 @@ pub enum Direction {
     Between,
 }
 
+impl Direction {
+    /// Streams for it. A device begins a copy only when the one before it in its stream is done, which takes as long as
+    /// 4 MiB take on an H100: with four streams copies of that size go 1.6 times as fast (docs/gpu.md). To and from the
+    /// host PCI Express is what limits.
+    fn streams(self) -> usize {
+        match self {
+            Self::ToDevice | Self::ToHost => 1,
+            Self::Between => 4,
+        }
+    }
+}
+
 /// Starts copies and tells which are done. Used by one thread at a time, any.
 #[derive(Default)]
 pub struct Copier {
+    /// Those of one context and direction follow each other.
     lanes: Vec<Lane>,
+    turn: usize,
 }
 
-/// The copies of one context and direction: they are done in order.
+/// The copies of one stream: they are done in order.
 struct Lane {
     context: Arc<Context>,
     direction: Direction,
@@ -62,13 +76,17 @@ impl Copier {
             .lanes
             .iter()
             .position(|lane| lane.direction == direction && Arc::ptr_eq(&lane.context, context));
-        let lane = match known {
-            Some(known) => &mut self.lanes[known],
+        let first = match known {
+            Some(known) => known,
             None => {
-                self.lanes.push(Lane::new(context.clone(), direction)?);
-                self.lanes.last_mut().expect("just pushed")
+                let lanes = (0..direction.streams()).map(|_| Lane::new(context.clone(), direction));
+                let mut lanes = lanes.collect::<Result<Vec<_>>>()?;
+                self.lanes.append(&mut lanes);
+                self.lanes.len() - direction.streams()
             }
         };
+        self.turn = self.turn.wrapping_add(1);
+        let lane = &mut self.lanes[first + self.turn % direction.streams()];
         let driver = context.driver();
         let _entered = context.enter()?;
         // SAFETY: both ranges are registered memory or slots of ours (the caller's promise), and their contexts live.

@@ -79,6 +79,8 @@ pub(super) struct Gpu {
     life: u64,
     ourselves: Process,
     looked: Instant,
+    /// The time of the last turn.
+    now: Instant,
 }
 
 /// An operation of ours.
@@ -117,7 +119,7 @@ enum Step {
 }
 
 /// How an operation gets to the other end.
-enum Way {
+pub(super) enum Way {
     /// The NIC does it.
     Straight,
     /// A copy inside the process.
@@ -217,6 +219,7 @@ impl Default for Gpu {
             life: RandomState::new().hash_one(0),
             ourselves: Process::ourselves().unwrap_or_else(Process::unknown),
             looked: Instant::now(),
+            now: Instant::now(),
         }
     }
 }
@@ -347,8 +350,9 @@ impl FabricNic {
     }
 
     /// See [`Nic::longest`].
-    pub(super) fn gpu_longest(&self, region: u32, peer: PeerAddress, key: u64) -> Option<u64> {
-        match self.way(region, peer, key) {
+    pub(super) fn gpu_longest(&mut self, region: u32, peer: PeerAddress, key: u64) -> Option<u64> {
+        let way = self.way(region, peer, key);
+        let longest = match &way {
             Way::Straight => None,
             Way::Direct => Some(COPY),
             Way::Staged | Way::Asked => Some(PIECE),
@@ -357,12 +361,19 @@ impl FabricNic {
                 let ours = self.region(region)?;
                 Some(if pinned(far.kind) && pinned(ours.kind()) { COPY } else { PIECE })
             }
-        }
+        };
+        self.asked = Some((region, peer, key, way));
+        longest
     }
 
     /// As [`Nic::post`], for an operation that may not go straight.
     pub(super) fn gpu_post(&mut self, operation: &Operation) -> Post {
-        let way = self.way(operation.region, operation.peer, operation.key);
+        let Operation { region, peer, key, .. } = *operation;
+        // The engine has asked for it just now, as a rule.
+        let way = match self.asked.take() {
+            Some((r, p, k, way)) if (r, p, k) == (region, peer, key) => way,
+            _ => self.way(region, peer, key),
+        };
         if let Way::Straight = way {
             return self.post_straight(operation);
         }
@@ -389,7 +400,7 @@ impl FabricNic {
             far: None,
             region: None,
             direct: matches!(way, Way::Direct),
-            heard: Instant::now(),
+            heard: gpu.now,
         };
         if let Way::Inside(far) = way {
             return self.begin_copy(gpu, ours, far);
@@ -514,7 +525,7 @@ impl FabricNic {
         match posted {
             Post::Done => {
                 ours.step = if ours.step == Step::Post { Step::Flight } else { Step::Wait };
-                ours.heard = Instant::now();
+                ours.heard = gpu.now;
             }
             Post::Again => gpu.stalled.push_back(slot),
             Post::Failed(errno) => gpu.end(slot, Err(self.explain(errno))),
@@ -638,14 +649,15 @@ impl FabricNic {
 
     /// Asks owners who have been silent for long, and gives up those that are gone.
     fn look_after(&mut self, gpu: &mut Gpu) {
-        if gpu.ours.is_empty() || gpu.looked.elapsed() < PATIENCE / 2 {
+        gpu.now = Instant::now();
+        if gpu.ours.is_empty() || gpu.now - gpu.looked < PATIENCE / 2 {
             return;
         }
-        gpu.looked = Instant::now();
+        gpu.looked = gpu.now;
         let silent: Vec<(u32, u64, PeerAddress)> = gpu
             .ours
             .iter()
-            .filter(|(_, ours)| ours.step == Step::Wait && ours.heard.elapsed() >= PATIENCE)
+            .filter(|(_, ours)| ours.step == Step::Wait && gpu.now - ours.heard >= PATIENCE)
             .map(|(slot, ours)| (*slot, ours.id, ours.operation.peer))
             .collect();
         for (slot, id, peer) in silent {
@@ -658,7 +670,7 @@ impl FabricNic {
                 self.give_up(gpu, slot, fault);
             } else {
                 if let Some(ours) = gpu.ours.get_mut(&slot) {
-                    ours.heard = Instant::now();
+                    ours.heard = gpu.now;
                 }
                 self.say(gpu, peer, Some(slot), id, gpu.life, Body::Probe);
             }
@@ -1038,7 +1050,7 @@ impl FabricNic {
             .get_mut(&slot)
             .filter(|ours| ours.id == message.id && message.life == gpu.life);
         if let Some(ours) = known {
-            ours.heard = Instant::now();
+            ours.heard = gpu.now;
         }
         let ours =
             gpu.ours.get(&slot).filter(|ours| ours.id == message.id && message.life == gpu.life);

@@ -20,7 +20,7 @@ use crate::fabric::{
 };
 use crate::fault::{Class, Fault};
 use crate::hmem::{self, DeviceMemory, Kind};
-use gpu::Gpu;
+use gpu::{Gpu, Way};
 use near::{Held, Near, Place};
 
 /// Completions taken at once.
@@ -130,6 +130,8 @@ pub struct FabricNic {
     near: Vec<Near>,
     /// Once there is GPU memory here or at a peer.
     gpu: Option<Box<Gpu>>,
+    /// What [`Nic::longest`] found last.
+    asked: Option<(u32, PeerAddress, u64, Way)>,
     peers: HashMap<Box<[u8]>, PeerAddress>,
     completed: Box<[Completed; BATCH]>,
     /// Reads of the completion queue that failed.
@@ -219,6 +221,7 @@ impl FabricNic {
                 next_key: first_key(),
                 near: Vec::new(),
                 gpu: None,
+                asked: None,
                 peers: HashMap::new(),
                 completed: Box::new([Completed::default(); BATCH]),
                 unreadable: 0,
@@ -534,7 +537,7 @@ impl Nic for FabricNic {
         if busy { Ok(()) } else { self.addresses.remove(peer) }
     }
 
-    fn longest(&self, region: u32, peer: PeerAddress, key: u64) -> Option<u64> {
+    fn longest(&mut self, region: u32, peer: PeerAddress, key: u64) -> Option<u64> {
         if Self::goes_straight(key) { None } else { self.gpu_longest(region, peer, key) }
     }
 
