@@ -121,6 +121,28 @@ impl Buffer {
         Ok(Arc::new(Self { start, length }))
     }
 
+    /// As [`Self::new`], of huge pages where the kernel has some to give.
+    pub fn huge(length: u64) -> Result<Arc<Self>> {
+        const HUGE: u64 = 2 << 20;
+        let wide = Self::new(length + HUGE)?;
+        let wide = Arc::try_unwrap(wide).map_err(|_| Error::new(Code::Internal, "shared already"))?;
+        let (from, end) = (wide.address(), wide.address() + wide.length);
+        std::mem::forget(wide);
+        let start = from.next_multiple_of(HUGE);
+        let after = (start + length).next_multiple_of(4096);
+        // SAFETY: parts of our own mapping that nobody uses; advice changes no byte.
+        unsafe {
+            for (from, to) in [(from, start), (after, end)] {
+                if from < to {
+                    libc::munmap(from as *mut libc::c_void, (to - from) as usize);
+                }
+            }
+            libc::madvise(start as *mut libc::c_void, length as usize, libc::MADV_HUGEPAGE);
+        }
+        let start = NonNull::new(start as *mut u8).ok_or_else(|| Error::invalid("mapped at 0"))?;
+        Ok(Arc::new(Self { start, length }))
+    }
+
     /// First byte, as transfers name it.
     pub fn address(&self) -> u64 {
         self.start.as_ptr() as u64

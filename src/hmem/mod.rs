@@ -247,7 +247,7 @@ impl PinnedBuffer {
     /// [`Code::Memory`] if there are none to be had, or none to be locked.
     pub fn new(context: &Arc<Context>, length: u64) -> Result<Self> {
         const PORTABLE: c_uint = 1;
-        let buffer = Buffer::new(length)?;
+        let buffer = Buffer::huge(length)?;
         let _entered = context.enter()?;
         // SAFETY: our own mapping, which lives longer than this.
         let ret = unsafe {
