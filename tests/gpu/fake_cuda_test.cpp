@@ -126,7 +126,7 @@ sigjmp_buf faulted;
 TEST_F(FakeCuda, DeviceMemoryCannotBeTouchedByTheCpu) {
     const auto handler = +[](int) { siglongjmp(faulted, 1); };
     void (*const old)(int) = std::signal(SIGSEGV, handler);
-    bool fault = true;
+    volatile bool fault = true;
     if (sigsetjmp(faulted, 1) == 0) {
         *reinterpret_cast<volatile char *>(device) = 1;
         fault = false;
