@@ -957,14 +957,20 @@ API int cuMemRelease(uint64_t handle) {
 
 API int cuMemAddressReserve(uint64_t *pointer, size_t size, size_t alignment, uint64_t hint, unsigned long long flags) {
     ENTER;
-    (void)hint;
     REFUSE_IF(flags || !size || size % GRANULARITY || (alignment & (alignment - 1)), INVALID_VALUE);
     if (alignment < GRANULARITY) alignment = GRANULARITY;
     struct reservation *reservation = calloc(1, sizeof *reservation);
     REFUSE_IF(!reservation, OUT_OF_MEMORY);
-    reservation->mapping_size = size + alignment;
-    reservation->mapping = mmap(NULL, reservation->mapping_size, PROT_NONE,
-                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    /* There if it can be, anywhere otherwise. */
+    const int flags_of_map = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    reservation->mapping = NO_MAPPING;
+    reservation->mapping_size = size;
+    if (hint && hint % alignment == 0)
+        reservation->mapping = mmap((void *)hint, size, PROT_NONE, flags_of_map | MAP_FIXED_NOREPLACE, -1, 0);
+    if (reservation->mapping == NO_MAPPING) {
+        reservation->mapping_size = size + alignment;
+        reservation->mapping = mmap(NULL, reservation->mapping_size, PROT_NONE, flags_of_map, -1, 0);
+    }
     if (reservation->mapping == NO_MAPPING) {
         free(reservation);
         return OUT_OF_MEMORY;
