@@ -900,10 +900,11 @@ protected:
         prepare();
         if (driver != nullptr && !driver->fake()) GTEST_SKIP() << "skipped: a real driver does not fail on demand";
     }
-    // One transfer; its status, and what is said of it.
+    // One transfer; its status, and what is said of it. It may be refused because of one before.
     std::pair<int, std::string> told(mefa::Transport &transport, mefa_request request) {
         auto batch = must(transport.batch(1));
-        must(batch.submit(request, LONG));
+        const auto submitted = batch.submit(request, LONG);
+        if (!submitted) return {MEFA_STATUS_FAILED, submitted.error().text};
         const int status = must(batch.wait(LONG));
         const std::string text = must(batch.task_error(0));
         must(batch.wait_quiet(LONG));
@@ -967,19 +968,22 @@ TEST_P(Refusing, CopiesOfWhatIsStaged) {
     EXPECT_TRUE(peer.ends_clean());
 }
 
-// At the peer: we are told, and it goes on.
+// At the peer: we are told.
 TEST_P(Refusing, CopiesOfThePeers) {
-    Remote peer(provider(), "there:1", {"FAKE_CUDA_FAIL=cuMemcpyAsync=700@1", "FAKE_CUDA_NO_IPC=1"});
-    const auto theirs = peer.allocate("device:0", EVERY_LENGTH);
     const Setting no_ipc("FAKE_CUDA_NO_IPC", "1");
+    Remote peer(provider(), "there:1", {"FAKE_CUDA_FAIL=cuMemcpyAsync=700"});
+    const auto theirs = peer.allocate("device:0", EVERY_LENGTH);
     auto transport = install();
     const Buffer ours("pageable", EVERY_LENGTH);
     const auto registered = add(transport, ours);
     auto segment = must(transport.open_json(peer.descriptor()));
-    const auto [status, text] = told(transport, segment.write(ours.data(), theirs.address(), MiB));
-    EXPECT_EQ(status, MEFA_STATUS_FAILED);
-    EXPECT_NE(text.find("CUDA_ERROR_ILLEGAL_ADDRESS"), std::string::npos) << text;
-    every_length(transport, segment, ours, theirs);
+    for (const bool write : {true, false}) {
+        const auto [status, text] = told(transport, write ? segment.write(ours.data(), theirs.address(), MiB)
+                                                          : segment.read(ours.data(), theirs.address(), MiB));
+        EXPECT_EQ(status, MEFA_STATUS_FAILED);
+        EXPECT_NE(text.find("CUDA_ERROR_ILLEGAL_ADDRESS"), std::string::npos) << text;
+    }
+    EXPECT_TRUE(peer.ends_clean());
 }
 
 // Without IPC, or without the peer's memory by it, or without access from GPU to GPU, it is slower and as right.
@@ -1011,22 +1015,38 @@ TEST_P(Refusing, Ipc) {
     }
 }
 
-// Pinning is refused, as where locked memory is limited: refused with a reason, or slower and as right.
+// Pinning is refused, as where locked memory is limited. Then it fails and says why, or it is slower and as right.
 TEST_P(Refusing, PinnedMemory) {
     copies_may_be_pageable = true;
-    driver->fake_fail("cuMemHostRegister=2,cuMemHostAlloc=2");
     auto transport = install();
-    const auto memory = std::make_unique<Buffer>("device:0", EVERY_LENGTH);
-    const Buffer host("pageable", EVERY_LENGTH);
-    const auto registered = transport.register_memory(memory->data(), memory->size());
-    if (registered) {
-        const auto other = add(transport, host);
-        auto own = ourselves(transport);
-        every_length(transport, own, *memory, host);
-    } else {
-        EXPECT_NE(registered.error().text.find("CUDA_ERROR_OUT_OF_MEMORY"), std::string::npos) << registered.error().text;
+    const Buffer device("device:0", MiB), host("pageable", MiB);
+    const auto other = add(transport, host);
+    driver->fake_fail("cuMemHostRegister=2,cuMemHostAlloc=2");
+    std::string text;
+    {
+        const auto registered = transport.register_memory(device.data(), device.size());
+        if (registered) {
+            auto own = ourselves(transport);
+            host.fill(0, MiB, 1, 0);
+            const auto [status, why] = told(transport, own.write(host.data(), device.address(), MiB));
+            if (status == MEFA_STATUS_COMPLETED) {
+                EXPECT_TRUE(device.is(0, MiB, 1, 0));
+            } else {
+                text = why;
+            }
+        } else {
+            text = registered.error().text;
+        }
+    }
+    if (!text.empty()) {
+        EXPECT_NE(text.find("CUDA_ERROR_OUT_OF_MEMORY"), std::string::npos) << text;
     }
     driver->fake_fail(nullptr);
+    const auto registered = add(transport, device);
+    auto own = ourselves(transport);
+    host.fill(0, MiB, 2, 0);
+    ASSERT_EQ(run(transport, own.write(host.data(), device.address(), MiB)), MEFA_STATUS_COMPLETED) << "it was for this time only";
+    EXPECT_TRUE(device.is(0, MiB, 2, 0));
 }
 
 TEST_P(Refusing, Contexts) {
