@@ -20,7 +20,7 @@ EFA_DIR := /dev/shm/mefa-test-$(shell pwd | cksum | cut -d' ' -f1)
 ENV := . scripts/env &&
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-mooncake soak fuzz sanitize bench lint header bindings install clean help bench-programs cmake
+.PHONY: build demo test test-mooncake test-gpu soak fuzz sanitize bench lint header bindings install clean help bench-programs cmake
 
 build: ## the libraries and the commands, in target/release
 	@scripts/setup build
@@ -63,6 +63,9 @@ test-mooncake: build ## the published Mooncake with our transport in it; PYTEST_
 	.tools/mooncake/bin/pytest tests/mooncake -n 4 --dist loadfile $(PYTEST_ARGS)
 	@# Our client of the wheel's HTTP metadata server.
 	$(ENV) MEFA_TEST_MOONCAKE=1 $(CARGO) test $(CARGO_FLAGS) --profile quick --workspace --test stores wheel
+
+test-gpu: ## GPU memory, on the GPUs of this machine; GPU_ARGS='--gtest_filter=*/tcp*', see scripts/test-gpu
+	@scripts/test-gpu $(GPU_ARGS)
 
 fuzz: ## the fuzz targets, FUZZ_SECONDS (60) each; see docs/fuzzing.md
 	@scripts/setup fuzz

@@ -63,16 +63,14 @@ inline std::vector<std::filesystem::path> shm_files(pid_t process) {
     return files;
 }
 
-// The other process. Whatever it does wrong ends the test by an exception.
-class Target {
+// Another process, which answers one-line commands. Whatever it does wrong ends the test by an exception.
+class Process {
 public:
-    Target(const std::string &provider, std::uint64_t length, unsigned parts = 1, std::string name = "there:1",
-           std::vector<std::string> settings = {}) {
+    // The program and its arguments.
+    explicit Process(std::vector<std::string> words) {
         int to[2], from[2];
         // Two pipes whose ends no other child inherits.
         if (pipe2(to, O_CLOEXEC) != 0 || pipe2(from, O_CLOEXEC) != 0) throw std::runtime_error("pipe");
-        std::vector<std::string> words = {MEFA_TARGET, provider, name, std::to_string(length), std::to_string(parts)};
-        words.insert(words.end(), settings.begin(), settings.end());
         std::vector<char *> arguments;
         for (std::string &word : words) arguments.push_back(word.data());
         arguments.push_back(nullptr);
@@ -81,26 +79,30 @@ public:
             dup2(to[0], 0);
             dup2(from[1], 1);
             setenv("SOFTEFA_HOST", "1", 1); // on an emulated EFA device: another host
-            execv(MEFA_TARGET, arguments.data());
+            execv(arguments[0], arguments.data());
             _exit(127);
         }
         close(to[0]);
         close(from[1]);
         commands_ = to[1];
         answers_ = from[0];
-        base_ = std::stoull(answer());
     }
-    Target(const Target &) = delete;
-    ~Target() {
-        // It ends when its commands do, and cleans up; if it does not, it is killed.
-        close(commands_);
-        if (process_ > 0) {
-            resume();
-            pollfd ended = {answers_, POLLIN, 0};
-            poll(&ended, 1, 20000);
-        }
-        kill();
+    Process(const Process &) = delete;
+    ~Process() {
+        finish();
         close(answers_);
+        if (commands_ >= 0) close(commands_);
+    }
+    // It ends when its commands do, and cleans up; if it does not, it is killed. Its exit status, as waitpid gives it.
+    int finish() {
+        if (process_ <= 0) return status_;
+        close(commands_);
+        commands_ = -1;
+        resume();
+        pollfd ended = {answers_, POLLIN, 0};
+        poll(&ended, 1, 20000);
+        kill();
+        return status_;
     }
 
     std::string ask(const std::string &command) {
@@ -109,18 +111,6 @@ public:
             throw std::runtime_error("the target takes no commands");
         return answer();
     }
-    // Address of its memory's first byte.
-    std::uint64_t base() const { return base_; }
-    std::string descriptor() { return ask("descriptor"); }
-    void fill(std::uint64_t offset, std::uint64_t length, std::uint64_t seed) {
-        if (ask("fill " + three(offset, length, seed)) != "ok") throw std::runtime_error("fill");
-    }
-    testing::AssertionResult is(std::uint64_t offset, std::uint64_t length, std::uint64_t seed) {
-        const std::string said = ask("check " + three(offset, length, seed));
-        if (said == "ok") return testing::AssertionSuccess();
-        return testing::AssertionFailure() << "the target's memory: " << said;
-    }
-    std::uint64_t register_more(std::uint64_t length) { return std::stoull(ask("register " + std::to_string(length))); }
 
     // Returns when it has stopped: it does nothing for its peers until resume().
     void stop() {
@@ -133,16 +123,13 @@ public:
     void kill() {
         if (process_ <= 0) return;
         ::kill(process_, SIGKILL);
-        waitpid(process_, nullptr, 0);
+        waitpid(process_, &status_, 0);
         for (const auto &left : shm_files(process_)) std::filesystem::remove(left);
         process_ = -1;
     }
     pid_t process() const { return process_; }
 
-private:
-    static std::string three(std::uint64_t a, std::uint64_t b, std::uint64_t c) {
-        return std::to_string(a) + " " + std::to_string(b) + " " + std::to_string(c);
-    }
+protected:
     std::string answer() {
         for (;;) {
             const std::size_t end = said_.find('\n');
@@ -160,16 +147,55 @@ private:
         }
     }
 
+private:
     pid_t process_ = -1;
-    int commands_ = -1, answers_ = -1;
+    int commands_ = -1, answers_ = -1, status_ = -1;
     std::string said_;
-    std::uint64_t base_ = 0;
 };
 
-// A test over a provider, its parameter.
+#ifdef MEFA_TARGET
+// tests/c/target.c as the other process.
+class Target : public Process {
+public:
+    Target(const std::string &provider, std::uint64_t length, unsigned parts = 1, std::string name = "there:1",
+           std::vector<std::string> settings = {})
+        : Process(words(provider, length, parts, name, settings)), base_(std::stoull(answer())) {}
+
+    // Address of its memory's first byte.
+    std::uint64_t base() const { return base_; }
+    std::string descriptor() { return ask("descriptor"); }
+    void fill(std::uint64_t offset, std::uint64_t length, std::uint64_t seed) {
+        if (ask("fill " + three(offset, length, seed)) != "ok") throw std::runtime_error("fill");
+    }
+    testing::AssertionResult is(std::uint64_t offset, std::uint64_t length, std::uint64_t seed) {
+        const std::string said = ask("check " + three(offset, length, seed));
+        if (said == "ok") return testing::AssertionSuccess();
+        return testing::AssertionFailure() << "the target's memory: " << said;
+    }
+    std::uint64_t register_more(std::uint64_t length) { return std::stoull(ask("register " + std::to_string(length))); }
+
+private:
+    static std::vector<std::string> words(const std::string &provider, std::uint64_t length, unsigned parts,
+                                          const std::string &name, const std::vector<std::string> &settings) {
+        std::vector<std::string> words = {MEFA_TARGET, provider, name, std::to_string(length), std::to_string(parts)};
+        words.insert(words.end(), settings.begin(), settings.end());
+        return words;
+    }
+    static std::string three(std::uint64_t a, std::uint64_t b, std::uint64_t c) {
+        return std::to_string(a) + " " + std::to_string(b) + " " + std::to_string(c);
+    }
+
+    std::uint64_t base_;
+};
+#endif
+
+// A test over a provider, its parameter; what else is in that, after a blank, is for the test.
 class Pair : public testing::TestWithParam<const char *> {
 protected:
-    std::string provider() const { return GetParam(); }
+    std::string provider() const {
+        const std::string parameter = GetParam();
+        return parameter.substr(0, parameter.find(' '));
+    }
 
     void SetUp() override {
         check_start(115);
