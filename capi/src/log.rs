@@ -1,7 +1,7 @@
 //! Log lines to the host.
 
 use std::ffi::CString;
-use std::sync::Once;
+use std::sync::OnceLock;
 
 use arc_swap::ArcSwapOption;
 use log::{LevelFilter, Log, Metadata, Record};
@@ -38,15 +38,13 @@ impl Log for Logger {
     fn flush(&self) {}
 }
 
-/// Makes `log` lines of this library go to the host, or to standard error before it gave a sink.
+/// Makes `log` lines of this library, from this level on, go to the host, or to standard error before it gave a sink.
 pub(super) fn start(level: LevelFilter) {
-    static ONCE: Once = Once::new();
+    static OURS: OnceLock<bool> = OnceLock::new();
     // A Rust program that uses the C door may have a logger of its own: then that one has the lines.
-    ONCE.call_once(|| {
-        if log::set_logger(&Logger).is_ok() {
-            log::set_max_level(level);
-        }
-    });
+    if *OURS.get_or_init(|| log::set_logger(&Logger).is_ok()) {
+        log::set_max_level(level);
+    }
 }
 
 /// Sets where the lines go.

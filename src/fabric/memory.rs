@@ -125,7 +125,8 @@ impl Buffer {
     pub fn huge(length: u64) -> Result<Arc<Self>> {
         const HUGE: u64 = 2 << 20;
         let wide = Self::new(length + HUGE)?;
-        let wide = Arc::try_unwrap(wide).map_err(|_| Error::new(Code::Internal, "shared already"))?;
+        let wide =
+            Arc::try_unwrap(wide).map_err(|_| Error::new(Code::Internal, "shared already"))?;
         let (from, end) = (wide.address(), wide.address() + wide.length);
         std::mem::forget(wide);
         let start = from.next_multiple_of(HUGE);

@@ -61,9 +61,15 @@ pub fn kind_of(memory: &Memory) -> Result<Kind> {
     }
     let mut at = start;
     loop {
+        // Virtual memory management's range is what was reserved, whatever is mapped there, piece by piece.
+        let pieces = driver.ask(Attribute::Context, at).unwrap_or(0) == 0;
         let allocation =
             driver.ask(Attribute::RangeStart, at).zip(driver.ask(Attribute::RangeSize, at));
-        let after = allocation.map_or(end, |(start, size)| start.saturating_add(size));
+        let after = match allocation {
+            _ if pieces && !first.is_host() => (at + 1).next_multiple_of(SMALLEST_MAPPING),
+            Some((start, size)) => start.saturating_add(size),
+            None => end,
+        };
         if after >= end {
             return Ok(first);
         }
@@ -76,6 +82,9 @@ pub fn kind_of(memory: &Memory) -> Result<Kind> {
         }
     }
 }
+
+/// What CUDA maps memory by: `CU_MEM_ALLOC_GRANULARITY_MINIMUM` is a multiple of it on every device so far.
+const SMALLEST_MAPPING: u64 = 2 << 20;
 
 fn kind_at(driver: &Driver, address: u64) -> Kind {
     let device = || driver.ask(Attribute::Device, address).unwrap_or(0) as i32;

@@ -26,7 +26,7 @@ use crate::engine::{Nic, Operation, PeerAddress, Post};
 use crate::error::{Code, Error, Result};
 use crate::fabric::{self, Buffer, Memory, MemoryKind, MemoryRegion};
 use crate::fault::{Class, Fault};
-use crate::hmem::{self, Context, Copier, DeviceMemory, Direction, Import, Kind, PinnedBuffer};
+use crate::hmem::{self, Context, Copier, DeviceMemory, Direction, Import, PinnedBuffer};
 
 /// Bytes of a piece that is staged. (By measurement on an H100, docs/gpu.md: long enough for a copy to reach its rate,
 /// short enough for eight to take little memory.)
@@ -337,6 +337,11 @@ impl FabricNic {
         }
     }
 
+    /// The address of a remote place, as the process has it whose memory it is in.
+    fn place_in(&self, far: &Held, remote: u64) -> u64 {
+        if self.info.virtual_addresses() { remote } else { far.address.wrapping_add(remote) }
+    }
+
     /// Whether the owner of a peer's memory copies by CUDA from and to ours.
     fn is_direct(&self, peer: PeerAddress, device: &DeviceMemory) -> bool {
         let known = self.gpu.as_ref().and_then(|gpu| gpu.peers.get(&peer));
@@ -356,11 +361,7 @@ impl FabricNic {
             Way::Straight => None,
             Way::Direct => Some(COPY),
             Way::Staged | Way::Asked => Some(PIECE),
-            Way::Inside(far) => {
-                let pinned = |kind| kind != Kind::Host;
-                let ours = self.region(region)?;
-                Some(if pinned(far.kind) && pinned(ours.kind()) { COPY } else { PIECE })
-            }
+            Way::Inside(far) => Some(if self.region(region)?.reaches(far) { COPY } else { PIECE }),
         };
         self.asked = Some((region, peer, key, way));
         longest
@@ -452,15 +453,13 @@ impl FabricNic {
     fn begin_copy(&mut self, gpu: &mut Gpu, mut ours: Ours, far: Arc<Held>) -> Result<bool, Fault> {
         let Operation { write, local, remote, length, region, slot, .. } = ours.operation;
         let near = self.region(region).ok_or_else(gone)?;
-        let there =
-            if self.info.virtual_addresses() { remote } else { far.address.wrapping_add(remote) };
+        let there = self.place_in(&far, remote);
         let offset = there.wrapping_sub(far.address);
         if offset > far.length || length > far.length - offset {
             return Err(Fault::of(Class::Permanent, "outside of the peer's memory"));
         }
-        let pageable = near.kind() == Kind::Host || far.kind == Kind::Host;
         let device = near.device().or(far.device.as_ref()).ok_or_else(gone)?;
-        if pageable {
+        if !near.reaches(&far) {
             let pieces = self.pieces(&mut gpu.pieces, &device.context().clone()).map_err(failed)?;
             let Some(piece) = pieces.free.pop() else { return Ok(false) };
             ours.piece = Some(piece);
@@ -476,14 +475,15 @@ impl FabricNic {
             (to, from) = (from, to);
         }
         match piece {
-            // Into the piece by hand, and from there by CUDA; or the other way round, with Step::Drain.
+            // Into the piece by hand, and from there by CUDA; or the other way round, with Step::Drain; or both by
+            // CUDA.
             Some(piece) if from.1.is_none() => {
                 hmem::copy_on_host(piece, from.0, length);
                 from.0 = piece;
             }
             Some(piece) => {
-                to.0 = piece;
-                ours.step = Step::Drain;
+                ours.step = if to.1.is_some() { Step::Fill } else { Step::Drain };
+                to = (piece, None);
             }
             None => {}
         }
@@ -602,6 +602,21 @@ impl FabricNic {
         let Some(ours) = gpu.ours.get_mut(&slot) else { return };
         match (ours.step, result) {
             (_, Err(error)) => gpu.end(slot, Err(failed(error))),
+            (Step::Fill, Ok(())) if ours.far.is_some() => {
+                ours.step = Step::Copy;
+                let far = ours.far.clone();
+                let Operation { write, local, remote, length, region, .. } = ours.operation;
+                let (Some(near), Some(far)) = (self.region(region), far) else {
+                    return gpu.end(slot, Err(gone()));
+                };
+                let there = self.place_in(&far, remote);
+                let to = if write { (there, far.device.as_ref()) } else { (local, near.device()) };
+                let piece = ours.piece.and_then(|piece| Some(gpu.pieces.as_ref()?.address(piece)));
+                let copied = gpu.copy(to, (piece.unwrap_or(0), None), length, slot.into());
+                if let Err(error) = copied {
+                    gpu.end(slot, Err(failed(error)));
+                }
+            }
             (Step::Fill, Ok(())) => {
                 ours.step =
                     if message::is_owners(ours.operation.key) { Step::Ask } else { Step::Post };
@@ -612,8 +627,7 @@ impl FabricNic {
                 if let (Step::Drain, Some(far), Some(piece)) = (step, &ours.far, piece) {
                     // Inside the process, to memory that CUDA has not pinned.
                     let Operation { write, local, remote, length, .. } = ours.operation;
-                    let there =
-                        if self.info.virtual_addresses() { remote } else { far.address + remote };
+                    let there = self.place_in(far, remote);
                     hmem::copy_on_host(if write { there } else { local }, piece, length);
                 }
                 gpu.end(slot, Ok(()));
@@ -692,8 +706,7 @@ impl FabricNic {
                 "no such memory; it was unregistered or registered anew: open its segment again";
             return answer(self, gpu, Outcome::Refused, text);
         };
-        let address =
-            if self.info.virtual_addresses() { remote } else { held.address.wrapping_add(remote) };
+        let address = self.place_in(&held, remote);
         let offset = address.wrapping_sub(held.address);
         let longest = if matches!(source, Source::Nic { .. }) { PIECE } else { COPY };
         if offset > held.length || length > held.length - offset || length > longest {

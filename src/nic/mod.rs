@@ -153,6 +153,17 @@ impl Region {
         self.held.as_ref().map_or(Kind::Host, |held| held.kind)
     }
 
+    /// Whether CUDA copies from here to there at once: else it goes by way of pinned host memory.
+    fn reaches(&self, far: &Held) -> bool {
+        match (self.device(), &far.device) {
+            // Each is mapped for its own device.
+            (Some(ours), Some(theirs)) if ours.is_unowned() && theirs.is_unowned() => {
+                ours.context().device() == theirs.context().device()
+            }
+            _ => self.kind() != Kind::Host && far.kind != Kind::Host,
+        }
+    }
+
     fn device(&self) -> Option<&DeviceMemory> {
         self.held.as_ref()?.device.as_ref()
     }
