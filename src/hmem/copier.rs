@@ -103,8 +103,10 @@ impl Copier {
                 continue;
             }
             if let Err(error) = lane.poll(&mut ended) {
-                // A context that fails so is lost, and nothing runs in it any more.
-                lane.take_all().for_each(|token| ended(token, Err(error.clone())));
+                // A context that is lost runs nothing any more. If it is not, what is under way goes on: it is waited for,
+                // rarely as this is, since memory that is called quiet must be.
+                let result = lane.wait().map_err(|_| error);
+                lane.take_all().for_each(|token| ended(token, result.clone()));
             }
         }
     }
@@ -154,6 +156,14 @@ impl Lane {
             self.spare.push((event, tokens));
         }
         Ok(())
+    }
+
+    /// Waits until nothing is under way.
+    fn wait(&self) -> Result<()> {
+        let driver = self.context.driver();
+        let _entered = self.context.enter()?;
+        // SAFETY: our own stream.
+        driver.check("cuStreamSynchronize", unsafe { (driver.stream_wait)(self.stream) })
     }
 
     fn take_all(&mut self) -> impl Iterator<Item = u64> {

@@ -9,8 +9,10 @@ mod shm;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use crate::engine::{Nic, Operation, PeerAddress, Post};
 use crate::error::{Code, Error, Result};
@@ -312,15 +314,17 @@ impl FabricNic {
         Ok(made)
     }
 
+    /// Once for each provider.
     fn say_staged(&self) {
-        static SAID: Once = Once::new();
-        SAID.call_once(|| {
+        static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+        let (provider, mut said) = (self.info.provider(), SAID.lock());
+        if !said.contains(&provider) {
             log::warn!(
-                "libfabric's provider {} takes no GPU memory here: it is staged through pinned host memory, which is \
-                 slower, and only peers that run mooncake-efa reach it",
-                self.info.provider()
+                "libfabric's provider {provider} takes no GPU memory here: it is staged through pinned host memory, \
+                 which is slower, and only peers that run mooncake-efa reach it"
             );
-        });
+            said.push(provider);
+        }
     }
 
     /// What of an endpoint's address tells it from others.
