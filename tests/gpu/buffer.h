@@ -224,9 +224,10 @@ inline std::string state(const Driver &driver) {
 // What must not have happened. `pageable` is a matter of speed, the others of memory.
 inline std::string misdeeds(const Driver &driver) {
     const auto counts = driver.counts();
-    if (counts.pageable + counts.wild + counts.freed_in_use == 0) return "";
+    if (counts.pageable + counts.wild + counts.freed_in_use + counts.left == 0) return "";
     return std::to_string(counts.pageable) + " copies of pageable memory, " + std::to_string(counts.wild) +
-           " copies of memory that was gone, " + std::to_string(counts.freed_in_use) + " times memory was freed in use";
+           " copies of memory that was gone, " + std::to_string(counts.freed_in_use) + " times memory was freed in use, " +
+           std::to_string(counts.left) + " things were left in contexts that went";
 }
 
 } // namespace gpu

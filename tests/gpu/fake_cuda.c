@@ -175,7 +175,7 @@ static struct stream *streams;
 static struct event *events;
 static uint64_t last_id;
 static struct rule rules[16];
-static struct fake_cuda_counts totals; /* copies, pageable, wild, freed_in_use */
+static struct fake_cuda_counts totals; /* copies, pageable, wild, freed_in_use, left */
 static __thread struct context *stack[64];
 static __thread int depth;
 
@@ -679,6 +679,7 @@ static void end_context(struct context *context) {
         struct stream *stream = *at;
         if (stream->context == context) {
             *at = stream->next;
+            totals.left += !stream->is_default;
             free(stream);
         } else {
             at = &stream->next;
@@ -688,6 +689,7 @@ static void end_context(struct context *context) {
         struct event *event = *at;
         if (event->context == context) {
             *at = event->next;
+            totals.left++;
             free(event);
         } else {
             at = &event->next;
@@ -695,7 +697,9 @@ static void end_context(struct context *context) {
     }
     for (struct memory *memory = memories, *next; memory; memory = next) {
         next = memory->next;
-        if (memory->context == context) drop_memory(memory);
+        if (memory->context != context) continue;
+        totals.left++;
+        drop_memory(memory);
     }
 }
 

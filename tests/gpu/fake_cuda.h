@@ -22,6 +22,8 @@ struct fake_cuda_counts {
     int64_t copies, pageable;
     /* Copies that were queued and whose memory was gone when they ran, and memory freed with copies queued for it. */
     int64_t wild, freed_in_use;
+    /* Memory, streams and events that were still there when their context went. */
+    int64_t left;
 };
 
 /* void fake_cuda_counts(struct fake_cuda_counts *out); */

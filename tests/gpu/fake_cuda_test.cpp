@@ -47,7 +47,8 @@ protected:
         while (driver->cuCtxPopCurrent_v2(&current) == 0) {}
         for (int number : {0, 1}) driver->ok(driver->cuDevicePrimaryCtxRelease_v2(number));
         const auto after = driver->counts();
-        // With the contexts goes what was in them.
+        // With the contexts goes what was in them, and it is counted.
+        EXPECT_GE(after.left - before.left, 4);
         EXPECT_EQ(after.allocations, 0);
         EXPECT_EQ(after.streams, 0);
         EXPECT_EQ(after.events, 0);

@@ -42,7 +42,7 @@ protected:
         if (driver->fake()) driver->fake_fail(nullptr);
         before = state(*driver);
         const auto counts = driver->counts();
-        misdeeds_before = {counts.pageable, counts.wild, counts.freed_in_use};
+        misdeeds_before = {counts.pageable, counts.wild, counts.freed_in_use, counts.left};
     }
     void finish() {
         Pair::TearDown();
@@ -55,6 +55,7 @@ protected:
         }
         EXPECT_EQ(counts.wild, misdeeds_before[1]) << "a copy ran when its memory was gone";
         EXPECT_EQ(counts.freed_in_use, misdeeds_before[2]) << "memory was freed with copies queued for it";
+        EXPECT_EQ(counts.left, misdeeds_before[3]) << "something was left in a context that went";
     }
     // Kinds name devices that there may not be.
     bool has(const std::string &kind) const {
