@@ -4,6 +4,8 @@
 mod bench;
 mod control;
 mod devices;
+mod far;
+mod memory;
 mod pattern;
 mod run;
 mod target;
