@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The yardstick for GPU memory: plain copies by the CUDA driver. bench/gpu asks for them, line by line on standard input,
- * so that they alternate with what is measured against them and CUDA is started once:
+ * The yardstick for GPU memory: plain copies by the CUDA driver. bench/gpu asks for them, line by line on standard
+ * input, so that they alternate with what is measured against them and CUDA is started once:
  *
  *   info                             what GPUs and which CUDA there is
  *   copy FROM TO SIZE BATCH SECONDS  FROM and TO: host (pinned), or a GPU's number
  *   quit
  *
  * Each is answered by a line of JSON. A copy moves BATCH blocks of SIZE bytes that lie one after the other, waits, and
- * does it again for SECONDS, in each of these ways; the best one is the answer:
+ * does it again, in each of these ways for its share of SECONDS; the best one is the answer:
  *   blocks  one cuMemcpyAsync a block
  *   large   one for all of them
  * and between two GPUs each of them in a stream of the one and of the other.
@@ -201,7 +201,8 @@ static void copy(int from, int to, size_t size, size_t batch, double seconds) {
     for (int stream = 0; stream <= both; stream++) {
         for (int large = 0; large <= 1; large++) {
             struct gpu *gpu = enter(streams[stream]);
-            double found = rate(gpu, target, source, large ? size * batch : size, large ? 1 : batch, seconds);
+            double found = rate(gpu, target, source, large ? size * batch : size, large ? 1 : batch,
+                                seconds / (both ? 4 : 2));
             printf("%s\"%s, stream of GPU %d\": %.0f", separator, large ? "large" : "blocks", streams[stream], found);
             separator = ", ";
             best = found > best ? found : best;

@@ -55,7 +55,8 @@ FAKE_CUDA_FAIL=cuMemAlloc=2 "$program" bench --self --same_process --provider "$
 [ $? = 1 ] && grep -q 'on CUDA device 0.*CUDA_ERROR_OUT_OF_MEMORY' "$said" || fail "without memory"
 
 # Who does not ask for a GPU does not even load CUDA.
-LD_DEBUG=files "$program" bench --self --provider "$provider" --duration 1 --buffer_size 8M --batch_size 8 --threads 1 >"$said" 2>&1 ||
+LD_DEBUG=files "$program" bench --self --provider "$provider" --duration 1 --buffer_size 8M --batch_size 8 --threads 1 \
+    >"$said" 2>&1 ||
     fail "on the host"
 grep -q 'calling init: .*/libc\.so' "$said" || fail "on the host: the loader says nothing"
 if grep -q 'calling init: .*/libcuda\.so' "$said"; then fail "on the host: CUDA was loaded"; fi
