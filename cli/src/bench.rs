@@ -62,7 +62,7 @@ pub struct Args {
     /// Run both sides here: a target process of its own, ended with this one
     #[arg(long = "self", conflicts_with_all = ["mode", "segment_id", "listen", "idle"])]
     alone: bool,
-    /// With --self: no second process, this one transfers to itself
+    /// With --self: no second process; this one transfers to itself
     #[arg(long, alias = "same-process", requires = "alone")]
     same_process: bool,
     /// Which side to be
@@ -99,8 +99,7 @@ pub struct Args {
     /// Bytes of registered memory on each side (default: 1G, with --self 256M); on each GPU, if on all
     #[arg(long, alias = "buffer-size", value_parser = size)]
     buffer_size: Option<u64>,
-    /// Memory of a GPU instead of the host's, on this side, or with --self on both. The other side of two hosts is
-    /// asked for by its own --use_vram. What the provider cannot do with it is done by CUDA, or by way of the host
+    /// A GPU's memory instead of the host's: on this side, or with --self on both. CUDA is loaded for this alone
     #[arg(long, alias = "use-vram", num_args = 0..=1, require_equals = true, value_name = "true|false",
         default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set,
         hide_default_value = true, hide_possible_values = true)]
@@ -113,7 +112,7 @@ pub struct Args {
     #[arg(long, alias = "target-gpu-id", requires_all = ["use_vram", "alone"], value_name = "N|-1",
         allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-1..))]
     target_gpu_id: Option<i32>,
-    /// With --self: which side's memory is a GPU's; the other's is the host's
+    /// With --self: whose memory is a GPU's; the other's is the host's
     #[arg(long, alias = "vram-side", requires_all = ["use_vram", "alone"], value_enum, default_value = "both")]
     vram_side: Ends,
     /// Seconds to measure
