@@ -84,7 +84,7 @@ bench: build bench-programs ## raw loop, ours, and Mooncake's C++ transport; BEN
 	$$([ -x .tools/bench/bin/python ] && echo .tools/bench/bin/python || echo python3) \
 		bench/report --plots bench/out --markdown bench/out/report.md bench/out/bench.json
 
-bench-programs: # raw_rma and c_abi, in build/bench
+bench-programs: # raw_rma, c_abi and gpu_copy, in build/bench
 	@scripts/setup bench
 	@mkdir -p build/bench
 	PKG_CONFIG_PATH="$$PKG_CONFIG_PATH:/opt/amazon/efa/lib/pkgconfig:/opt/amazon/efa/lib64/pkgconfig" \
@@ -94,6 +94,7 @@ bench-programs: # raw_rma and c_abi, in build/bench
 	cp $(TARGET_DIR)/release/libmooncake_efa.so build/bench/libmooncake_efa.so.0
 	cc -std=gnu11 -O2 -Wall -Wextra -pthread -Iinclude -o build/bench/c_abi bench/c_abi.c \
 		build/bench/libmooncake_efa.so.0 -Wl,--enable-new-dtags,-rpath,'$$ORIGIN'
+	cc -std=gnu11 -O2 -Wall -Wextra -o build/bench/gpu_copy bench/gpu_copy.c -ldl
 
 lint: build ## formatting, clippy, that header, symbols, ABI and `unsafe` are as they should be, and a request's cost
 	@scripts/setup lint header

@@ -2,7 +2,6 @@
 
 use std::io::{BufRead, BufReader, IsTerminal};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
@@ -11,14 +10,16 @@ use clap::ValueEnum;
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use mooncake_efa::engine::{MAX_BATCH, Request, Status, TargetId};
-use mooncake_efa::fabric::{Buffer, Memory};
 use mooncake_efa::segment::Segment;
 use mooncake_efa::transport::{self, Options, Transport};
 use mooncake_efa::{Code, Error, Result};
 
-use crate::control::{ANSWER, Answer, HELLO, Hello, Line, Order};
+use crate::control::{ANSWER, HELLO, Hello, Layout, Line, Place};
+use crate::far::Far;
+use crate::memory::{Home, Side};
+use crate::pattern::Wrong;
+use crate::target;
 use crate::units::{Unit, size};
-use crate::{pattern, target};
 
 /// Longest time without progress before a transfer, or the target, is given up.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -47,6 +48,13 @@ enum Switch {
     Off,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Ends {
+    Both,
+    Initiator,
+    Target,
+}
+
 /// Flags of `mooncake-efa bench`.
 #[derive(clap::Args)]
 #[command(rename_all = "snake_case")]
@@ -54,6 +62,9 @@ pub struct Args {
     /// Run both sides here: a target process of its own, ended with this one
     #[arg(long = "self", conflicts_with_all = ["mode", "segment_id", "listen", "idle"])]
     alone: bool,
+    /// With --self: no second process; this one transfers to itself
+    #[arg(long, alias = "same-process", requires = "alone")]
+    same_process: bool,
     /// Which side to be
     #[arg(long, value_enum, default_value = "initiator")]
     mode: Mode,
@@ -85,9 +96,25 @@ pub struct Args {
     /// Threads that submit
     #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u64).range(1..=4096))]
     threads: u64,
-    /// Bytes of registered memory on each side (default: 1G, with --self 256M)
+    /// Bytes of registered memory on each side (default: 1G, with --self 256M); on each GPU, if on all
     #[arg(long, alias = "buffer-size", value_parser = size)]
     buffer_size: Option<u64>,
+    /// A GPU's memory instead of the host's: on this side, or with --self on both. CUDA is loaded for this alone
+    #[arg(long, alias = "use-vram", num_args = 0..=1, require_equals = true, value_name = "true|false",
+        default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set,
+        hide_default_value = true, hide_possible_values = true)]
+    use_vram: bool,
+    /// Which GPU, by CUDA's number; -1: a buffer on each, which the threads use in turn
+    #[arg(long, alias = "gpu-id", requires = "use_vram", default_value_t = 0, value_name = "N|-1",
+        allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-1..))]
+    gpu_id: i32,
+    /// With --self: the target's GPU (default: that of --gpu_id)
+    #[arg(long, alias = "target-gpu-id", requires_all = ["use_vram", "alone"], value_name = "N|-1",
+        allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-1..))]
+    target_gpu_id: Option<i32>,
+    /// With --self: whose memory is a GPU's; the other's is the host's
+    #[arg(long, alias = "vram-side", requires_all = ["use_vram", "alone"], value_enum, default_value = "both")]
+    vram_side: Ends,
     /// Seconds to measure
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86400))]
     duration: u64,
@@ -165,6 +192,22 @@ impl Args {
         })
     }
 
+    /// Where the initiator's memory is, and where the target's. Without `--self` both are what this side was told.
+    fn homes(&self) -> (Home, Home) {
+        let home = |wanted: bool, id| {
+            if self.use_vram && wanted { Home::of_gpu(id) } else { Home::Host }
+        };
+        (
+            home(self.vram_side != Ends::Target, self.gpu_id),
+            home(self.vram_side != Ends::Initiator, self.target_gpu_id.unwrap_or(self.gpu_id)),
+        )
+    }
+
+    /// What the threads use of each buffer.
+    fn layout(&self, touched: u64) -> Layout {
+        Layout { length: touched, block: self.block_size, threads: self.threads }
+    }
+
     fn seconds(&self) -> Duration {
         Duration::from_secs(self.duration)
     }
@@ -180,6 +223,9 @@ pub fn run(args: &Args) -> Result<()> {
              for both sides in one go",
         ));
     }
+    // A target process would say it too, but later.
+    args.homes().0.gpus()?;
+    args.homes().1.gpus()?;
     // Finds out early what is missing. And libraries that libfabric loads (PSM) take the signals for
     // themselves, so our handler must come later.
     transport::devices(&crate::config(args.provider.as_deref()))?;
@@ -188,13 +234,17 @@ pub fn run(args: &Args) -> Result<()> {
         return idle(args, seconds);
     }
     if args.mode == Mode::Target {
-        let buffer = Buffer::new(args.buffer())?;
-        return target::serve(args.install()?, buffer, &args.listen, args.until_stdin_ends);
+        let memory = Side::new(args.homes().1, args.buffer(), args.buffer())?;
+        return target::serve(args.install()?, memory, &args.listen, args.until_stdin_ends);
     }
-    let child = if args.alone { Some(OwnTarget::start(args)?) } else { None };
+    let two = args.alone && !args.same_process;
+    let child = if two { Some(OwnTarget::start(args)?) } else { None };
     let address = child.as_ref().map(|child| &child.address).or(args.segment_id.as_ref());
-    let address = address.expect("checked above");
-    let report = initiate(args, address, touched)?;
+    let pair = match address {
+        Some(address) => Pair::connect(args, address, touched)?,
+        None => Pair::alone(args, touched)?,
+    };
+    let report = initiate(args, pair, touched)?;
     report.print(args);
     match report.failure {
         None => Ok(()),
@@ -215,8 +265,8 @@ fn handle_signals(at_once: bool) -> Result<()> {
 
 fn idle(args: &Args, seconds: u64) -> Result<()> {
     let transport = args.install()?;
-    let buffer = Buffer::new(args.buffer())?;
-    transport.register(&[(Memory::from(&buffer), "*")])?;
+    let memory = Side::new(args.homes().0, args.buffer(), 0)?;
+    memory.register(&transport)?;
     let (start, cpu) = (Instant::now(), cpu_seconds());
     let end = Duration::from_secs(seconds);
     while let Some(left) =
@@ -257,6 +307,9 @@ impl OwnTarget {
         command.args(["--buffer_size", &args.buffer().to_string()]);
         if let Some(provider) = &args.provider {
             command.args(["--provider", provider]);
+        }
+        if let Some(gpu) = args.homes().1.gpu_id() {
+            command.args(["--use_vram", &format!("--gpu_id={gpu}")]);
         }
         if !args.device_name.is_empty() {
             command.args(["--device_name", &args.device_name.join(",")]);
@@ -315,15 +368,19 @@ struct Report {
     target_cpu: Option<f64>,
     verified: u64,
     nics: serde_json::Value,
+    /// Where the memory was.
+    initiator_memory: Vec<Place>,
+    target_memory: Vec<Place>,
 }
 
 /// One side's view of the other.
 struct Pair {
     transport: Transport,
-    buffer: Arc<Buffer>,
+    memory: Side,
     target: TargetId,
-    remote: u64,
-    line: Line,
+    /// Our buffers and the target's.
+    places: (Vec<Place>, Vec<Place>),
+    far: Far,
     /// The target hung up while transfers were under way.
     gone: AtomicBool,
 }
@@ -337,14 +394,19 @@ impl Pair {
                 format!("the target at {address} hung up; it serves {most} initiators at most");
             Error::new(Code::Endpoint, text)
         })?;
-        if hello.address.checked_add(hello.length).is_none() {
-            return Err(Error::new(
-                Code::Endpoint,
-                format!(
-                    "the target tells of {} bytes at {:#x}, which go past the end of the address space",
-                    hello.length, hello.address
-                ),
-            ));
+        if hello.buffers.is_empty() {
+            return Err(Error::new(Code::Endpoint, "the target tells of no buffer"));
+        }
+        for Place { address, .. } in &hello.buffers {
+            if address.checked_add(hello.length).is_none() {
+                return Err(Error::new(
+                    Code::Endpoint,
+                    format!(
+                        "the target tells of {} bytes at {address:#x}, which go past the end of the address space",
+                        hello.length
+                    ),
+                ));
+            }
         }
         if hello.length < touched {
             return Err(Error::invalid(format!(
@@ -353,20 +415,29 @@ impl Pair {
                 hello.length
             )));
         }
-        let transport = args.install()?;
-        let buffer = Buffer::new(args.buffer())?;
-        // Memory that was never written is one page of zeros, which is read at a cache's speed.
-        pattern::fill(&buffer, touched, 0);
-        transport.register(&[(Memory::from(&buffer), "*")])?;
+        let (transport, memory) = Self::ours(args, touched)?;
         let target = transport.open_segment(&Segment::from_json(&hello.descriptor)?)?;
-        Ok(Self {
-            transport,
-            buffer,
-            target,
-            remote: hello.address,
-            line,
-            gone: AtomicBool::new(false),
-        })
+        let places = (memory.places(), hello.buffers);
+        let far = Far::Process(line);
+        Ok(Self { transport, memory, target, places, far, gone: AtomicBool::new(false) })
+    }
+
+    /// Both sides in this process: the transport is its own target.
+    fn alone(args: &Args, touched: u64) -> Result<Self> {
+        let (transport, memory) = Self::ours(args, touched)?;
+        let theirs = Side::new(args.homes().1, args.buffer(), touched)?;
+        theirs.register(&transport)?;
+        let target = transport.open_segment(&transport.descriptor())?;
+        let places = (memory.places(), theirs.places());
+        let far = Far::Here(theirs);
+        Ok(Self { transport, memory, target, places, far, gone: AtomicBool::new(false) })
+    }
+
+    fn ours(args: &Args, touched: u64) -> Result<(Transport, Side)> {
+        let transport = args.install()?;
+        let memory = Side::new(args.homes().0, args.buffer(), touched)?;
+        memory.register(&transport)?;
+        Ok((transport, memory))
     }
 
     /// The requests of one of a thread's batches: blocks of all threads alternate, as in
@@ -378,7 +449,9 @@ impl Pair {
         write: bool,
     ) -> impl ExactSizeIterator<Item = Request> + Clone {
         let (block, threads) = (args.block_size, args.threads);
-        let (local, remote, target) = (self.buffer.address(), self.remote, self.target);
+        // Mooncake's threads have the buffers in turn, too.
+        let of = |places: &[Place]| places[(thread % places.len() as u64) as usize].address;
+        let (local, remote, target) = (of(&self.places.0), of(&self.places.1), self.target);
         (0..args.batch_size).map(move |index| {
             let offset = (u64::from(index) * threads + thread) * block;
             let (local, remote) = (local + offset, remote + offset);
@@ -430,46 +503,35 @@ impl Pair {
 
     /// Writes to the target and reads from it, every byte checked; the bytes of each round are
     /// others, so that one that did not move is seen. The count of bytes checked.
-    fn verify(&mut self, args: &Args, touched: u64, seed: u64) -> Result<u64> {
+    fn verify(&mut self, args: &Args, layout: &Layout, seed: u64) -> Result<u64> {
         for seed in (seed..).step_by(2).take(ROUNDS as usize) {
-            pattern::fill(&self.buffer, touched, seed);
+            self.memory.fill(layout, seed)?;
             self.all(args, true)?;
-            self.check_there(touched, seed, "written")?;
-            self.fill_there(touched, seed + 1)?;
+            self.check_there(layout, seed)?;
+            self.far.fill(layout, seed + 1)?;
             self.all(args, false)?;
-            self.check_here(touched, seed + 1)?;
+            self.check_here(layout, seed + 1)?;
         }
-        Ok(2 * ROUNDS * touched)
+        Ok(2 * ROUNDS * layout.length)
     }
 
-    fn fill_there(&mut self, length: u64, seed: u64) -> Result<()> {
-        self.line.ask(&Order::Fill { length, seed }).map(drop)
+    fn check_there(&mut self, layout: &Layout, seed: u64) -> Result<()> {
+        self.far
+            .check(layout, seed)?
+            .map_or(Ok(()), |byte| Err(wrong("written", &self.places.1, &byte)))
     }
 
-    fn check_there(&mut self, length: u64, seed: u64, what: &str) -> Result<()> {
-        match self.line.ask(&Order::Check { length, seed })? {
-            Answer::Wrong { offset, expected, found } => {
-                Err(wrong(what, self.remote, offset, expected, found))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn check_here(&self, length: u64, seed: u64) -> Result<()> {
-        pattern::check(&self.buffer, length, seed).map_err(|(offset, expected, found)| {
-            wrong("read", self.buffer.address(), offset, expected, found)
-        })
-    }
-
-    fn target_cpu(&mut self) -> Result<f64> {
-        match self.line.ask(&Order::CpuTime)? {
-            Answer::CpuTime(seconds) => Ok(seconds),
-            _ => Err(Error::new(Code::Endpoint, "the target does not answer as expected")),
-        }
+    fn check_here(&self, layout: &Layout, seed: u64) -> Result<()> {
+        self.memory
+            .check(layout, seed)?
+            .map_or(Ok(()), |byte| Err(wrong("read", &self.places.0, &byte)))
     }
 }
 
-fn wrong(what: &str, base: u64, offset: u64, expected: u8, found: u8) -> Error {
+fn wrong(what: &str, places: &[Place], byte: &Wrong) -> Error {
+    let Wrong { buffer, offset, expected, found } = *byte;
+    // The number may be another process's word.
+    let base = places.get(buffer).map_or(0, |place| place.address);
     Error::new(
         Code::Internal,
         format!(
@@ -479,20 +541,20 @@ fn wrong(what: &str, base: u64, offset: u64, expected: u8, found: u8) -> Error {
     )
 }
 
-fn initiate(args: &Args, address: &str, touched: u64) -> Result<Report> {
-    let mut pair = Pair::connect(args, address, touched)?;
+fn initiate(args: &Args, mut pair: Pair, touched: u64) -> Result<Report> {
+    let layout = args.layout(touched);
     let write = args.operation == Operation::Write;
     let mut verified = 0;
     if args.verify {
-        verified += pair.verify(args, touched, 100)?;
+        verified += pair.verify(args, &layout, 100)?;
         // For the measured transfers, which all move the same bytes to the same places.
-        pattern::fill(&pair.buffer, touched, 7);
-        pair.fill_there(touched, 8)?;
+        pair.memory.fill(&layout, 7)?;
+        pair.far.fill(&layout, 8)?;
     }
     // Connections and the first use of everything are not the rate that is measured.
     let mut tallies = measure(args, &pair, Instant::now(), write, Some(1));
     let first_ns = tallies.iter().map(|tally| tally.latency.max()).max().unwrap_or(0);
-    let target_cpu = pair.target_cpu()?;
+    let target_cpu = pair.far.cpu()?;
     let cpu = cpu_seconds();
     let start = Instant::now();
     if tallies.iter().all(|tally| tally.failure.is_none()) {
@@ -502,8 +564,8 @@ fn initiate(args: &Args, address: &str, touched: u64) -> Result<Report> {
     let initiator_cpu = cpu_seconds() - cpu;
     let failure = tallies.iter().find_map(|tally| tally.failure.clone());
     // A dead target must not keep us from reporting.
-    let target_cpu = match pair.target_cpu() {
-        Ok(now) => Some(now - target_cpu),
+    let target_cpu = match pair.far.cpu() {
+        Ok(now) => now.zip(target_cpu).map(|(now, before)| now - before),
         Err(error) if failure.is_some() => {
             log::warn!("{error}");
             None
@@ -512,11 +574,11 @@ fn initiate(args: &Args, address: &str, touched: u64) -> Result<Report> {
     };
     if args.verify && failure.is_none() {
         if write {
-            pair.check_there(touched, 7, "written")?;
+            pair.check_there(&layout, 7)?;
         } else {
-            pair.check_here(touched, 8)?;
+            pair.check_here(&layout, 8)?;
         }
-        verified += touched + pair.verify(args, touched, 200)?;
+        verified += touched + pair.verify(args, &layout, 200)?;
     }
     let mut latency = new_histogram();
     for tally in &tallies {
@@ -535,6 +597,8 @@ fn initiate(args: &Args, address: &str, touched: u64) -> Result<Report> {
         target_cpu,
         verified,
         nics: serde_json::json!(pair.transport.stats().rails),
+        initiator_memory: pair.places.0,
+        target_memory: pair.places.1,
     })
 }
 
@@ -576,7 +640,7 @@ fn measure(args: &Args, pair: &Pair, start: Instant, write: bool, most: Option<u
             if STOP.load(Ordering::Relaxed) || !running.load(Ordering::Relaxed) || over() {
                 break;
             }
-            if pair.line.hung_up() {
+            if pair.far.hung_up() {
                 pair.gone.store(true, Ordering::Relaxed);
                 break;
             }
@@ -616,6 +680,11 @@ fn progress_bar(args: &Args) -> ProgressBar {
     bar
 }
 
+/// Where buffers are, for people and for JSON.
+fn names(places: &[Place]) -> Vec<String> {
+    places.iter().map(Place::to_string).collect()
+}
+
 impl Report {
     fn latency_us(&self, quantile: f64) -> f64 {
         self.latency.value_at_quantile(quantile) as f64 / 1000.0
@@ -652,6 +721,9 @@ impl Report {
                     },
                     "initiator_cpu_s": self.initiator_cpu,
                     "target_cpu_s": self.target_cpu,
+                    "same_process": args.same_process,
+                    "initiator_memory": names(&self.initiator_memory),
+                    "target_memory": names(&self.target_memory),
                     "verified_bytes": self.verified,
                     "failed_threads": self.failed,
                     "failure": self.failure,
@@ -678,8 +750,15 @@ impl Report {
                 self.latency.max() as f64 / 1000.0
             ),
         );
-        let target_cpu = self.target_cpu.map_or("unknown".into(), |cpu| format!("{cpu:.2} s"));
-        row("CPU", format!("initiator {:.2} s, target {target_cpu}", self.initiator_cpu));
+        if args.same_process {
+            row("CPU", format!("both sides {:.2} s", self.initiator_cpu));
+        } else {
+            let target_cpu = self.target_cpu.map_or("unknown".into(), |cpu| format!("{cpu:.2} s"));
+            row("CPU", format!("initiator {:.2} s, target {target_cpu}", self.initiator_cpu));
+        }
+        let both =
+            [&self.initiator_memory, &self.target_memory].map(|places| names(places).join(", "));
+        row("memory", format!("initiator {}, target {}", both[0], both[1]));
         if args.verify {
             let wrong = if self.failure.is_some() { "not all checked" } else { "0 wrong" };
             row("verified", format!("{} bytes, {wrong}", self.verified));

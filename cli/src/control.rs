@@ -1,7 +1,9 @@
 //! The conversation of initiator and target beside the transfers: lines of JSON over TCP.
 
+use std::fmt;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use mooncake_efa::{Code, Error, Result};
@@ -22,24 +24,62 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// A host that says nothing for so long is asked whether it is still there.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 
+/// Where a buffer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// First byte, as its owner has it.
+    pub address: u64,
+    /// The GPU, by CUDA's number in its owner's process; on the host without.
+    pub gpu: Option<u32>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self.gpu {
+            Some(gpu) => write!(f, "cuda:{gpu}"),
+            None => f.write_str("host"),
+        }
+    }
+}
+
+/// Which bytes the threads of an initiator use: blocks of all of them alternate, up to `length`.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub struct Layout {
+    pub length: u64,
+    pub block: u64,
+    pub threads: u64,
+}
+
+impl Layout {
+    /// What is used of the `index`th of `of` buffers: the threads have them in turn.
+    pub fn ranges(&self, index: u64, of: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+        let Self { length, block, threads } = *self;
+        // A single buffer is used whole.
+        let block = if of == 1 { length.max(1) } else { block };
+        (0..length.div_ceil(block))
+            .filter(move |at| of == 1 || at % threads % of == index)
+            .map(move |at| at * block..((at + 1) * block).min(length))
+    }
+}
+
 /// What the target says first.
 #[derive(Serialize, Deserialize)]
 pub struct Hello {
     /// Its segment descriptor, Mooncake's JSON.
     pub descriptor: String,
-    /// Address of its buffer.
-    pub address: u64,
-    /// Bytes of it.
+    /// Its buffers, at least one.
+    pub buffers: Vec<Place>,
+    /// Bytes of each.
     pub length: u64,
 }
 
 /// What the initiator asks.
 #[derive(Serialize, Deserialize)]
 pub enum Order {
-    /// Fill the first `length` bytes with the pattern of `seed`.
-    Fill { length: u64, seed: u64 },
-    /// Check them.
-    Check { length: u64, seed: u64 },
+    /// Fill what threads use with the pattern of `seed`.
+    Fill { layout: Layout, seed: u64 },
+    /// Check it.
+    Check { layout: Layout, seed: u64 },
     /// How much CPU time have you used?
     CpuTime,
 }
@@ -49,8 +89,8 @@ pub enum Order {
 pub enum Answer {
     /// Done; checked bytes were right.
     Done,
-    /// The first wrong byte.
-    Wrong { offset: u64, expected: u8, found: u8 },
+    /// The first wrong byte, and the number of its buffer.
+    Wrong { buffer: usize, offset: u64, expected: u8, found: u8 },
     /// Seconds of CPU time since it started.
     CpuTime(f64),
 }
@@ -193,6 +233,7 @@ impl Line {
 
 #[cfg(test)]
 mod tests {
+    use std::iter::once;
     use std::net::TcpListener;
 
     use super::*;
@@ -260,5 +301,15 @@ mod tests {
         let _silent = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let mut line = Line::new(listener.accept().unwrap().0).unwrap();
         refused(line.receive::<Order>(WORD, Duration::from_millis(20)), "does not answer");
+    }
+
+    #[test]
+    fn buffers_have_the_blocks_of_their_threads() {
+        let layout = Layout { length: 70, block: 10, threads: 3 };
+        let of = |index, of| layout.ranges(index, of).collect::<Vec<_>>();
+        assert!(of(0, 1).into_iter().eq(once(0..70)));
+        assert_eq!(of(0, 2), [0..10, 20..30, 30..40, 50..60, 60..70]);
+        assert_eq!(of(1, 2), [10..20, 40..50]);
+        assert_eq!(of(3, 4), [], "more buffers than threads");
     }
 }

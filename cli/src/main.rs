@@ -4,6 +4,8 @@
 mod bench;
 mod control;
 mod devices;
+mod far;
+mod memory;
 mod pattern;
 mod run;
 mod target;
@@ -33,6 +35,7 @@ const EXAMPLES: &str = "\
 Examples:
   mooncake-efa devices                              the EFA devices of this host
   mooncake-efa bench --self --provider shm --verify two processes here, every byte checked
+  mooncake-efa bench --self --provider shm --use_vram  the same with memory of GPU 0
   mooncake-efa bench --mode target                  on one host; prints HOST:PORT
   mooncake-efa bench --segment_id HOST:PORT         on the other
   mooncake-efa run -- vllm serve MODEL ...          a published Mooncake on this transport

@@ -5,13 +5,13 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mooncake_efa::fabric::{Buffer, Memory};
 use mooncake_efa::transport::Transport;
 use mooncake_efa::{Code, Error, Result};
 
 use crate::bench::cpu_seconds;
 use crate::control::{Answer, Hello, Line, Order, WORD};
-use crate::pattern;
+use crate::memory::Side;
+use crate::pattern::Wrong;
 
 /// Longest wait for conversations to end before the process does.
 const LEAVE: Duration = Duration::from_secs(2);
@@ -28,13 +28,13 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// it ends when whoever started it does.
 pub fn serve(
     transport: Transport,
-    buffer: Arc<Buffer>,
+    memory: Side,
     listen: &str,
     until_stdin_ends: bool,
 ) -> Result<()> {
     let cannot = |why| Error::new(Code::Endpoint, format!("cannot listen on {listen}: {why}"));
-    pattern::fill(&buffer, buffer.length(), 0);
-    transport.register(&[(Memory::from(&buffer), "*")])?;
+    memory.register(&transport)?;
+    let memory = Arc::new(memory);
     let listener = TcpListener::bind(listen).map_err(cannot)?;
     println!("target ready: {}", listener.local_addr().map_err(cannot)?);
     std::io::stdout().flush().map_err(cannot)?;
@@ -57,9 +57,9 @@ pub fn serve(
                 log::warn!("an initiator was turned away: {MOST} are served already");
                 continue;
             }
-            let buffer = buffer.clone();
+            let memory = memory.clone();
             std::thread::spawn(move || {
-                let spoken = Line::new(stream).and_then(|line| converse(line, &transport, &buffer));
+                let spoken = Line::new(stream).and_then(|line| converse(line, &transport, &memory));
                 if let Err(error) = spoken {
                     log::warn!("an initiator left: {error}");
                 }
@@ -80,28 +80,25 @@ pub fn serve(
     Ok(())
 }
 
-fn converse(mut line: Line, transport: &Transport, buffer: &Buffer) -> Result<()> {
+fn converse(mut line: Line, transport: &Transport, memory: &Side) -> Result<()> {
     line.send(&Hello {
         descriptor: transport.descriptor().to_json(),
-        address: buffer.address(),
-        length: buffer.length(),
+        buffers: memory.places(),
+        length: memory.length(),
     })?;
     let mut patience = FIRST;
     while let Some(order) = line.receive(WORD, patience)? {
         patience = IDLE;
         let answer = match order {
-            Order::Fill { length, .. } | Order::Check { length, .. }
-                if length > buffer.length() =>
-            {
-                return Err(Error::invalid("asked for more than the buffer has"));
-            }
-            Order::Fill { length, seed } => {
-                pattern::fill(buffer, length, seed);
+            Order::Fill { layout, seed } => {
+                memory.fill(&layout, seed)?;
                 Answer::Done
             }
-            Order::Check { length, seed } => match pattern::check(buffer, length, seed) {
-                Ok(()) => Answer::Done,
-                Err((offset, expected, found)) => Answer::Wrong { offset, expected, found },
+            Order::Check { layout, seed } => match memory.check(&layout, seed)? {
+                None => Answer::Done,
+                Some(Wrong { buffer, offset, expected, found }) => {
+                    Answer::Wrong { buffer, offset, expected, found }
+                }
             },
             Order::CpuTime => Answer::CpuTime(cpu_seconds()),
         };

@@ -44,13 +44,66 @@ fn every_byte_is_checked() {
             // each.
             assert_eq!(report["verified_bytes"], (2 * 2 * 2 + 1) * 2 * 16 * 65536);
             assert_eq!(report["failed_threads"], 0);
+            assert_eq!(report["target_memory"], serde_json::json!(["host"]));
         }
     }
 }
 
 #[test]
+fn one_process_can_be_both_sides() {
+    for provider in &providers() {
+        let arguments = ["bench", "--self", "--same_process", "--json", "--verify", "--provider"];
+        let output = run(&[&arguments[..], &[provider], &SMALL].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let report: serde_json::Value =
+            serde_json::from_slice(&output.stdout).expect("one JSON object");
+        assert_eq!(report["verified_bytes"], (2 * 2 * 2 + 1) * 2 * 16 * 65536);
+        assert_eq!(report["same_process"], true);
+        assert!(report["target_cpu_s"].is_null(), "{report}");
+    }
+}
+
+#[test]
+fn without_a_gpu_nothing_begins() {
+    for arguments in [
+        &["--self", "--use_vram"][..],
+        &["--self", "--use-vram", "--gpu-id=-1", "--json"],
+        &["--self", "--use_vram=true", "--gpu_id", "0", "--vram_side", "target"],
+        &["--mode", "target", "--use_vram"],
+        &["--idle", "60", "--use_vram"],
+        &["--segment_id", "127.0.0.1:1", "--use_vram", "--gpu_id", "1"],
+    ] {
+        // No GPU, whatever there is.
+        let output = command(&[&["bench", "--provider", "tcp"], arguments].concat())
+            .env("CUDA_VISIBLE_DEVICES", "")
+            .output()
+            .expect("it runs");
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        let said = text(&output.stderr);
+        assert!(said.starts_with("mooncake-efa: --use_vram: "), "{arguments:?}: {said}");
+        assert_eq!(said.lines().count(), 1, "{arguments:?}: {said}");
+        assert!(output.stdout.is_empty(), "{arguments:?}: {}", text(&output.stdout));
+    }
+    let arguments = ["bench", "--self", "--use_vram=false", "--gpu_id=3", "--provider", "tcp"];
+    let output = run(&[&arguments[..], &SMALL].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
+#[test]
+fn help_tells_of_gpus() {
+    let output = run(&["bench", "--help"]);
+    assert!(output.status.success());
+    let said = text(&output.stdout);
+    for part in
+        ["--use_vram", "--gpu_id <N|-1>", "--target_gpu_id", "--vram_side", "--same_process"]
+    {
+        assert!(said.contains(part), "{said}");
+    }
+}
+
+#[test]
 fn bad_input_is_named() {
-    let cases: [(&[&str], i32, &str); 7] = [
+    let cases: [(&[&str], i32, &str); 12] = [
         (&["bench", "--self", "--block_size", "1G"], 2, "largest block that fits is 174762"),
         (&["bench", "--threads", "0"], 2, "0 is not in 1..="),
         (&["bench", "--block_size", "many"], 2, "a number of bytes"),
@@ -58,6 +111,11 @@ fn bad_input_is_named() {
         (&["bench", "--self", "--segment_id", "a:1"], 2, "cannot be used with"),
         (&["bench", "--provider", "tcp", "--segment_id", "127.0.0.1:1"], 1, "cannot reach"),
         (&["bench", "--self", "--provider", "nonsense"], 1, "No devices found"),
+        (&["bench", "--self", "--use_vram", "--gpu_id=-2"], 2, "-2 is not in -1..="),
+        (&["bench", "--self", "--gpu_id=0"], 2, "--use_vram"),
+        (&["bench", "--self", "--vram_side", "target"], 2, "--use_vram"),
+        (&["bench", "--use_vram", "--target_gpu_id", "1"], 2, "--self"),
+        (&["bench", "--same_process"], 2, "--self"),
     ];
     for (arguments, status, expected) in cases {
         let output = run(arguments);
