@@ -264,6 +264,7 @@ impl Sender {
                 preferred: if cell.one_nic { vec![(part % nics as u64) as u16] } else { vec![] },
                 rails: rails.clone(),
                 largest: u64::MAX,
+                merge: mooncake_efa::engine::MERGE,
                 shares: 1,
             })
             .collect();

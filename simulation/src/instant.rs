@@ -89,6 +89,7 @@ impl Instant {
             rails: (0..self.nics as u16).collect(),
             preferred: Vec::new(),
             largest: u64::MAX,
+            merge: mooncake_efa::engine::MERGE,
             shares: 1,
         }
     }

@@ -350,6 +350,7 @@ impl<'a> History<'a> {
             rails: if rails.is_empty() { vec![0] } else { rails },
             preferred: Vec::new(),
             largest: largest.saturating_mul(self.case.cell),
+            merge: super::MERGE,
             shares: 1,
         };
         let result = self.engine.register(&[registration]);

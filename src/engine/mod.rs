@@ -43,6 +43,7 @@ pub use batch::{BatchId, MAX_BATCH, Status};
 use failure::UnderWay;
 pub use nic::{Nic, Operation, PeerAddress, Post};
 use peers::{PeerIndex, Released};
+pub use plan::MERGE;
 use plan::Plan;
 pub use rail::RailCounters;
 use rail::{Outcome, Rail, STUCK, Shared, Span};
@@ -188,6 +189,8 @@ pub struct Registration {
     pub preferred: Vec<u16>,
     /// Longest single region: what is longer becomes several.
     pub largest: u64,
+    /// Neighbouring requests on it that are contiguous on both sides are moved as one up to this length, bytes.
+    pub merge: u64,
     /// At most as many as rails: the range is cut into so many parts, and each part is registered on its
     /// share of the rails. 1: all of it on each.
     pub shares: u64,
@@ -400,7 +403,8 @@ impl<N: Nic> Engine<N> {
                 _ => registration.senders_of(*share),
             };
             self.shared.users.open(*number);
-            regions.push(LocalRegion { start, end, number: *number, rails });
+            let merge = registration.merge;
+            regions.push(LocalRegion { start, end, number: *number, rails, merge });
             result[*index].push(Registered {
                 address: start,
                 length: memory.length(),

@@ -10,9 +10,9 @@ use super::target::{Target, TargetId};
 use super::{Refusal, Request};
 use crate::error::{Code, Error, Result};
 
-/// Neighbours contiguous on both sides are merged up to this length: long enough that the cost of an
-/// operation no longer matters, short enough that one failure takes few requests with it.
-const MERGE_UP_TO: u64 = 1 << 20;
+/// Neighbours contiguous on both sides are merged up to this length, where a NIC moves them: long enough that the cost
+/// of an operation no longer matters, short enough that one failure takes few requests with it.
+pub const MERGE: u64 = 1 << 20;
 /// Pieces are not cut over rails below this, nor does less of short ones go to another rail: the cost of one
 /// more operation, doorbell and look at a completion queue outweighs the second NIC (NIXL and aws-ofi-nccl use
 /// the same).
@@ -222,7 +222,10 @@ impl Plan {
                 target,
                 write,
             };
-            if merge && part == length && extend(&mut self.pieces, &mut self.groups, request, way) {
+            if merge
+                && part == length
+                && extend(&mut self.pieces, &mut self.groups, request, way, ours.merge)
+            {
                 break;
             }
             if self.uses.last().is_none_or(|used| used.local_region != way.local_region) {
@@ -279,13 +282,19 @@ pub(super) fn least_loaded(rails: &[u16], home: usize, loads: &[u64]) -> usize {
     rails.min_by_key(|&rail| loads[rail]).expect("a region has rails")
 }
 
-/// Makes a request part of the last group, if it continues that group's only piece on both sides.
-fn extend(pieces: &mut [Piece], groups: &mut [Group], request: &Request, way: Way) -> bool {
+/// Makes a request part of the last group, if it continues that group's only piece on both sides, up to a length.
+fn extend(
+    pieces: &mut [Piece],
+    groups: &mut [Group],
+    request: &Request,
+    way: Way,
+    longest: u64,
+) -> bool {
     let (Some(piece), Some(group)) = (pieces.last_mut(), groups.last_mut()) else { return false };
     let fits = piece.way == way
         && piece.local + piece.length == request.local
         && piece.remote + piece.length == request.remote
-        && piece.length + request.length <= MERGE_UP_TO
+        && piece.length + request.length <= longest
         // The group has no other piece: a cut request is not merged with. Nor is the piece another's.
         && piece.length == group.bytes
         && piece.first == group.first;

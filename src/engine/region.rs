@@ -16,6 +16,8 @@ pub(super) struct LocalRegion {
     /// Rails that pieces of it are sent over: those it is registered on, and of these only the ones
     /// nearest to the memory. Never empty.
     pub rails: Arc<[u16]>,
+    /// As in [`Registration`](super::Registration).
+    pub merge: u64,
 }
 
 /// A remote region.

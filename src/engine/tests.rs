@@ -126,8 +126,14 @@ fn remote_segment(nics: usize) -> RemoteSegment {
 impl Engine<SimNic> {
     fn register_for_test(&self, start: u64, length: u64, rails: Vec<u16>) {
         let memory = Memory::simulated(start, length);
-        let registration =
-            Registration { memory, rails, preferred: Vec::new(), largest: u64::MAX, shares: 1 };
+        let registration = Registration {
+            memory,
+            rails,
+            preferred: Vec::new(),
+            largest: u64::MAX,
+            merge: MERGE,
+            shares: 1,
+        };
         self.register(&[registration]).expect("registered");
     }
 }
@@ -526,6 +532,7 @@ fn registration_is_all_or_nothing() {
         rails: vec![0, 1, 2],
         preferred: vec![],
         largest: 1024,
+        merge: MERGE,
         shares: 1,
     };
     let two = [registration(1 << 40), registration(2 << 40)];
@@ -554,6 +561,7 @@ fn a_range_is_shared_out_among_rails() {
         rails: vec![4, 3, 2, 1, 0],
         preferred: vec![3, 0],
         largest: 3 << 20,
+        merge: MERGE,
         shares: 2,
     };
     let before = bench.world.lock().regions.clone();

@@ -6,7 +6,7 @@ use std::ptr::null_mut;
 use std::sync::Arc;
 
 use super::cuda::{Context, NOT_READY, SUCCESS, has_ended};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DISABLE_TIMING: c_uint = 2;
@@ -40,6 +40,22 @@ pub struct Copier {
     /// Those of one context and direction follow each other.
     lanes: Vec<Lane>,
     turn: usize,
+    /// What the next copy may continue: where it does, both are one. Started by then, or by the next poll.
+    next: Option<Next>,
+    /// What CUDA did not take.
+    refused: Vec<(u64, Error)>,
+    spare: Vec<Vec<(u64, u64)>>,
+}
+
+/// A copy that is not started yet.
+struct Next {
+    /// The first lane of its context and direction.
+    first: usize,
+    to: u64,
+    from: u64,
+    length: u64,
+    /// The tokens of its parts, and their lengths.
+    parts: Vec<(u64, u64)>,
 }
 
 /// The copies of one stream: they are done in order.
@@ -59,7 +75,8 @@ unsafe impl Send for Lane {}
 
 impl Copier {
     /// Starts a copy of `length` bytes between memory of `context`'s device, and that or memory that CUDA has
-    /// pinned, or another device's. Both ranges must stay as they are until [`Self::poll`] names `token`.
+    /// pinned, or another device's; at the next poll at the latest. Both ranges must stay as they are until
+    /// [`Self::poll`] names `token`.
     ///
     /// # Errors
     /// CUDA's; nothing is under way then.
@@ -85,19 +102,54 @@ impl Copier {
                 self.lanes.len() - direction.streams()
             }
         };
-        self.turn = self.turn.wrapping_add(1);
-        let lane = &mut self.lanes[first + self.turn % direction.streams()];
-        let driver = context.driver();
-        let _entered = context.enter()?;
-        // SAFETY: both ranges are registered memory or slots of ours (the caller's promise), and their contexts live.
-        let ret = unsafe { (driver.copy)(to, from, length as usize, lane.stream) };
-        driver.check("cuMemcpyAsync", ret)?;
-        lane.open.push(token);
+        match &mut self.next {
+            Some(next)
+                if next.first == first
+                    && next.to + next.length == to
+                    && next.from + next.length == from =>
+            {
+                next.length += length;
+                next.parts.push((token, length));
+            }
+            _ => {
+                self.start();
+                let mut parts = self.spare.pop().unwrap_or_default();
+                parts.push((token, length));
+                self.next = Some(Next { first, to, from, length, parts });
+            }
+        }
         Ok(())
+    }
+
+    /// Starts what may be continued no more.
+    fn start(&mut self) {
+        let Some(mut next) = self.next.take() else { return };
+        self.turn = self.turn.wrapping_add(1);
+        let streams = self.lanes[next.first].direction.streams();
+        let lane = &mut self.lanes[next.first + self.turn % streams];
+        let mut done = 0;
+        let whole = lane.start(next.to, next.from, next.length);
+        for (token, length) in next.parts.drain(..) {
+            // Each by itself, where all together is too much: they may be of several allocations.
+            let started = match &whole {
+                Err(_) if length < next.length => {
+                    lane.start(next.to + done, next.from + done, length)
+                }
+                whole => whole.clone(),
+            };
+            done += length;
+            match started {
+                Ok(()) => lane.open.push(token),
+                Err(error) => self.refused.push((token, error)),
+            }
+        }
+        self.spare.push(next.parts);
     }
 
     /// Calls `ended` with the tokens of copies that are done, or failed and why. Their memory is quiet.
     pub fn poll(&mut self, mut ended: impl FnMut(u64, Result<()>)) {
+        self.start();
+        self.refused.drain(..).for_each(|(token, error)| ended(token, Err(error)));
         for lane in &mut self.lanes {
             if lane.open.is_empty() && lane.fences.is_empty() {
                 continue;
@@ -123,6 +175,14 @@ impl Lane {
         }
         let (fences, spare) = Default::default();
         Ok(Self { context, direction, stream, open: Vec::new(), fences, spare })
+    }
+
+    fn start(&self, to: u64, from: u64, length: u64) -> Result<()> {
+        let driver = self.context.driver();
+        let _entered = self.context.enter()?;
+        // SAFETY: both ranges are registered memory or pieces of ours (the caller's promise), and their contexts live.
+        let ret = unsafe { (driver.copy)(to, from, length as usize, self.stream) };
+        driver.check("cuMemcpyAsync", ret)
     }
 
     fn poll(&mut self, ended: &mut impl FnMut(u64, Result<()>)) -> Result<()> {

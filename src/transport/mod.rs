@@ -46,6 +46,9 @@ const MAX_REGISTERING: usize = 16;
 /// Bytes from which it is worth asking the kernel for the size of a buffer's pages; that takes as long as to
 /// register some MiB.
 const WORTH_ASKING: u64 = 64 << 20;
+/// Neighbouring requests on a GPU's memory are moved as one up to this length: a copy by CUDA reaches its rate with
+/// 64 MiB only (docs/gpu.md), and where a NIC moves them they are cut anyway.
+const MERGE_COPIES: u64 = 64 << 20;
 /// Bytes of a page of CUDA device memory, as other devices see it.
 const DEVICE_PAGE: u64 = 64 << 10;
 /// Peers that stay known to a NIC without an open segment: those who transfer to us have none, and their
@@ -383,6 +386,7 @@ impl Transport {
                 rails: place.rails,
                 preferred: near,
                 largest: shared.config.max_mr_size,
+                merge: if kind.is_host() { engine::MERGE } else { MERGE_COPIES },
                 shares: place.shares,
             });
             made_of.push((location, page));
