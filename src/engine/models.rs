@@ -728,7 +728,7 @@ impl Bench {
             rails: (0..rails).collect(),
             preferred: Vec::new(),
             largest: u64::MAX,
-            merge: MERGE,
+            merge: super::MERGE,
             shares: 1,
         };
         engine.register(&[registration]).expect("registered");
