@@ -70,6 +70,8 @@ pub(super) struct Gpu {
     peers: HashMap<PeerAddress, Peer>,
     /// Endpoints of those that are [`Peer::Far`]: they stay so when they are connected to anew.
     far: HashSet<Box<[u8]>>,
+    /// Keys that turned out to be of host memory, which CUDA does not share.
+    on_host: HashSet<(PeerAddress, u64)>,
     /// What ended, for the next poll to tell.
     ended: Vec<(u32, Result<(), Fault>)>,
     /// Pairs of devices that have been introduced to each other.
@@ -213,6 +215,7 @@ impl Default for Gpu {
             imports: VecDeque::new(),
             peers: HashMap::new(),
             far: HashSet::new(),
+            on_host: HashSet::new(),
             ended: Vec::new(),
             introduced: Vec::new(),
             sequence: 0,
@@ -253,6 +256,7 @@ impl Gpu {
     /// A peer's address means somebody else from now on.
     pub fn forget(&mut self, peer: PeerAddress) {
         self.peers.remove(&peer);
+        self.on_host.retain(|(known, _)| *known != peer);
         if let Some(mail) = &mut self.mail {
             mail.waiting.retain(|(to, ..)| *to != peer);
         }
@@ -330,9 +334,10 @@ impl FabricNic {
             }
         }
         match (message::is_owners(key), ours.device()) {
-            (true, Some(device)) if self.is_direct(peer, device) => Way::Direct,
+            (true, Some(device)) if self.is_direct(peer, key, device) => Way::Direct,
             (true, _) => Way::Asked,
             (false, _) if ours.nic.is_none() => Way::Staged,
+            (false, Some(device)) if self.is_direct(peer, key, device) => Way::Direct,
             _ => Way::Straight,
         }
     }
@@ -343,9 +348,26 @@ impl FabricNic {
     }
 
     /// Whether the owner of a peer's memory copies by CUDA from and to ours.
-    fn is_direct(&self, peer: PeerAddress, device: &DeviceMemory) -> bool {
-        let known = self.gpu.as_ref().and_then(|gpu| gpu.peers.get(&peer));
-        matches!(known, Some(Peer::Near(_) | Peer::Shares(_))) && device.shared().is_some()
+    fn is_direct(&self, peer: PeerAddress, key: u64, device: &DeviceMemory) -> bool {
+        let Some(gpu) = &self.gpu else { return false };
+        matches!(gpu.peers.get(&peer), Some(Peer::Near(_) | Peer::Shares(_)))
+            && !gpu.on_host.contains(&(peer, key))
+            && device.shared().is_some()
+    }
+
+    /// Asks a peer who he is, if we do not know: if he is on this host, what comes next need not go by NIC or host
+    /// memory. Not who cannot be, or may not know what he is asked.
+    fn introduce(&mut self, gpu: &mut Gpu, peer: PeerAddress) {
+        if gpu.peers.contains_key(&peer) {
+            return;
+        }
+        let address = self.address_of(peer).unwrap_or_default();
+        if gpu.far.contains(address) || (self.is_efa && !is_local(address)) {
+            gpu.peers.insert(peer, Peer::Far);
+        } else {
+            gpu.peers.insert(peer, Peer::Asked);
+            self.say(gpu, peer, None, 0, gpu.life, Body::Hello);
+        }
     }
 
     /// Whether the NIC does operations on memory with this key by itself, whatever their other end.
@@ -376,7 +398,11 @@ impl FabricNic {
             _ => self.way(region, peer, key),
         };
         if let Way::Straight = way {
-            return self.post_straight(operation);
+            let posted = self.post_straight(operation);
+            if self.region(region).is_some_and(|region| region.device().is_some()) {
+                self.with_gpu(|nic, gpu| nic.introduce(gpu, peer));
+            }
+            return posted;
         }
         self.with_gpu(|nic, gpu| match nic.begin(gpu, operation, way) {
             Ok(true) => Post::Done,
@@ -414,14 +440,8 @@ impl FabricNic {
             self.open_mail(gpu)?;
         }
         if let (Way::Staged | Way::Asked, Some(memory)) = (&way, device) {
-            if !gpu.peers.contains_key(&peer) && matches!(way, Way::Asked) {
-                // If he is on this host, what comes next need not be staged.
-                if self.address_of(peer).is_some_and(|address| gpu.far.contains(address)) {
-                    gpu.peers.insert(peer, Peer::Far);
-                } else {
-                    gpu.peers.insert(peer, Peer::Asked);
-                    self.say(gpu, peer, None, 0, gpu.life, Body::Hello);
-                }
+            if let Way::Asked = way {
+                self.introduce(gpu, peer);
             }
             let pieces = self.pieces(&mut gpu.pieces, memory.context()).map_err(failed)?;
             let Some(piece) = pieces.free.pop() else { return Ok(false) };
@@ -700,13 +720,15 @@ impl FabricNic {
             let body = Body::Ended { outcome, text: text.into() };
             nic.say(gpu, from, None, message.id, message.life, body);
         };
-        let held = self.place.0.find(key).filter(|held| held.device.is_some());
-        let Some(held) = held else {
+        let Some(held) = self.place.0.find(key) else {
             let text =
                 "no such memory; it was unregistered or registered anew: open its segment again";
             return answer(self, gpu, Outcome::Refused, text);
         };
         let address = self.place_in(&held, remote);
+        if held.device.is_none() {
+            return answer(self, gpu, Outcome::OnHost, "the memory is the host's");
+        }
         let offset = address.wrapping_sub(held.address);
         let longest = if matches!(source, Source::Nic { .. }) { PIECE } else { COPY };
         if offset > held.length || length > held.length - offset || length > longest {
@@ -1076,6 +1098,15 @@ impl FabricNic {
                     Outcome::Full => gpu.end(slot, fault(Class::Pressure)),
                     Outcome::Failed => gpu.end(slot, fault(Class::Peer)),
                     Outcome::NotShared => self.not_shared(gpu, slot, text),
+                    Outcome::OnHost => {
+                        let Some(Operation { peer, key, .. }) =
+                            gpu.ours.get(&slot).map(|ours| ours.operation)
+                        else {
+                            return;
+                        };
+                        gpu.on_host.insert((peer, key));
+                        gpu.end(slot, fault(Class::Pressure));
+                    }
                 }
             }
             (Body::Unknown, Some(Step::Wait)) => {
@@ -1179,6 +1210,16 @@ impl FabricNic {
             self.near.push((peer, shelf));
         }
     }
+}
+
+/// Whether an `efa` endpoint's address begins with the GID of a NIC of this host.
+fn is_local(address: &[u8]) -> bool {
+    let Some(gid) = address.get(..16) else { return false };
+    let text: Vec<String> =
+        gid.chunks(2).map(|pair| format!("{:02x}{:02x}", pair[0], pair[1])).collect();
+    let nics = std::fs::read_dir("/sys/class/infiniband").into_iter().flatten().flatten();
+    nics.filter_map(|nic| std::fs::read_to_string(nic.path().join("ports/1/gids/0")).ok())
+        .any(|gid| gid.trim() == text.join(":"))
 }
 
 /// Another's allocation, mapped for memory of this context.

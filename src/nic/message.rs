@@ -38,6 +38,8 @@ pub(super) enum Outcome {
     Failed,
     /// The memory cannot be mapped: ask in another way.
     NotShared,
+    /// The memory is the host's: the NIC does it.
+    OnHost,
 }
 
 /// Where the owner finds the other end of a copy.
@@ -162,6 +164,7 @@ impl Message {
                     [2] => Outcome::Full,
                     [3] => Outcome::Failed,
                     [4] => Outcome::NotShared,
+                    [5] => Outcome::OnHost,
                     _ => return None,
                 };
                 let text = String::from_utf8_lossy(from.text(TEXT)?);
@@ -244,6 +247,7 @@ mod tests {
             Outcome::Full,
             Outcome::Failed,
             Outcome::NotShared,
+            Outcome::OnHost,
         ]);
         prop_oneof![
             (any::<(bool, u64, u64, u64)>(), source).prop_map(

@@ -117,6 +117,8 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
+        // Others may still look.
+        self.0.0.write().clear();
         SHELVES.write().retain(|(_, shelf)| !Arc::ptr_eq(shelf, &self.0));
     }
 }
