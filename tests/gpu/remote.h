@@ -13,6 +13,7 @@
 //   free N                           frees the memory
 //   contexts                         which GPUs have a context, and had one              -> 0 or 1 for each
 //   cuda                             whether a CUDA driver is in the process             -> yes or no
+//   imports                          how much of others' memory it has by IPC, as the fake driver counts
 //   logged TEXT                      how many lines of its log have this text            -> a number
 //
 // It ends when the commands do, with 0 if it left nothing behind. Settings: MEFA_TEST_NO_CUDA=1 it never loads CUDA,
@@ -91,6 +92,7 @@ public:
             std::getline(words >> std::ws, text);
             return std::to_string(log().count(text));
         }
+        if (verb == "imports") return std::to_string(Driver::get()->counts().imports);
         if (verb == "contexts") return contexts();
         if (verb == "cuda") return cuda_is_loaded() ? "yes" : "no";
         words >> number >> a >> b >> c >> d;
