@@ -412,12 +412,12 @@ TEST_P(Registering, WhatWasFreedIsForgotten) {
             EXPECT_EQ(theirs.unregister(), 0);
             theirs.free();
         }
-        EXPECT_TRUE(eventually([&] { return peer.ask("imports") == "0"; })) << "the peer still has our memory";
-        EXPECT_TRUE(eventually([&] { return driver->counts().imports == 0; })) << "we still have the peer's memory";
+        ASSERT_TRUE(eventually([&] { return peer.ask("imports") == "0"; })) << "the peer still has our memory";
+        ASSERT_TRUE(eventually([&] { return driver->counts().imports == 0; })) << "we still have the peer's memory";
         // The first two make what stays: streams, and buffers to stage through.
         if (round == 2) available = free_memory(context);
         if (round > 2) {
-            EXPECT_TRUE(eventually([&] { return free_memory(context) == available; })) << "memory of the GPU was lost";
+            ASSERT_TRUE(eventually([&] { return free_memory(context) == available; })) << "memory of the GPU was lost";
         }
     }
     EXPECT_TRUE(peer.ends_clean());
