@@ -136,10 +136,13 @@ public:
     Buffer(const Buffer &) = delete;
     ~Buffer() {
         if (!context_) return;
-        const auto entered = context_->enter();
+        // What is wrong with the context shows in other ways.
+        if (driver_->cuCtxPushCurrent_v2(context_->raw()) != 0) return;
         if (mapping_) mapping_.reset();
         else if (kind_.rfind("pinned", 0) == 0) driver_->cuMemFreeHost(data());
         else driver_->cuMemFree_v2(address_);
+        Handle popped = nullptr;
+        driver_->cuCtxPopCurrent_v2(&popped);
     }
 
     const std::string &kind() const { return kind_; }

@@ -13,6 +13,8 @@
 //   free N                           frees the memory
 //   contexts                         which GPUs have a context, and had one              -> 0 or 1 for each
 //   cuda                             whether a CUDA driver is in the process             -> yes or no
+//   imports                          how much of others' memory it has by IPC, as the fake driver counts
+//   logged TEXT                      how many lines of its log have this text            -> a number
 //
 // It ends when the commands do, with 0 if it left nothing behind. Settings: MEFA_TEST_NO_CUDA=1 it never loads CUDA,
 // MEFA_TEST_LATE_CUDA=1 it loads CUDA after its transport.
@@ -20,7 +22,9 @@
 
 #include "buffer.h"
 
+#include <algorithm>
 #include <fstream>
+#include <mutex>
 #include <sstream>
 #include <sys/prctl.h>
 
@@ -31,6 +35,29 @@ inline bool cuda_is_loaded() {
     for (std::string line; std::getline(maps, line);)
         if (line.find("libcuda.so") != std::string::npos) return true;
     return false;
+}
+
+// What the library has said, for as long as the process lives.
+class Log {
+public:
+    void add(int level, const char *text) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        lines_.push_back(text);
+        if (level == 1) std::cerr << "the peer: " << text << std::endl;
+    }
+    std::ptrdiff_t count(const std::string &text) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        return std::count_if(lines_.begin(), lines_.end(), [&](const std::string &line) { return line.find(text) != std::string::npos; });
+    }
+
+private:
+    std::mutex lock_;
+    std::vector<std::string> lines_;
+};
+
+inline Log &log() {
+    static Log *log = new Log; // lines may come until the very end
+    return *log;
 }
 
 class Serving {
@@ -60,6 +87,12 @@ public:
             segment_.emplace(must(transport_.open_json(json)));
             return "ok";
         }
+        if (verb == "logged") {
+            std::string text;
+            std::getline(words >> std::ws, text);
+            return std::to_string(log().count(text));
+        }
+        if (verb == "imports") return std::to_string(Driver::get()->counts().imports);
         if (verb == "contexts") return contexts();
         if (verb == "cuda") return cuda_is_loaded() ? "yes" : "no";
         words >> number >> a >> b >> c >> d;
@@ -122,7 +155,7 @@ private:
 // argv: --peer PROVIDER NAME [SETTING=VALUE...]
 inline int serve(int count, char **arguments) {
     prctl(PR_SET_PDEATHSIG, SIGKILL); // also when stopped
-    check_start(300);
+    check_start(600);
     for (int i = 4; i < count; ++i) putenv(arguments[i]);
     try {
         std::string before;
@@ -131,6 +164,7 @@ inline int serve(int count, char **arguments) {
         };
         const bool none = std::getenv("MEFA_TEST_NO_CUDA") != nullptr, late = std::getenv("MEFA_TEST_LATE_CUDA") != nullptr;
         if (!none && !late) cuda();
+        must(mefa::log_to([](int level, const char *text) { log().add(level, text); }));
         Serving serving(must(mefa::Transport::install(mefa::Config(arguments[3]).provider(arguments[2]))));
         if (!none && late) cuda();
         std::cout << "ready" << std::endl;
