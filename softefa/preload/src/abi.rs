@@ -4,6 +4,7 @@
 //! None of them panics by itself; Rust ends the process if one did, and no panic crosses into C.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::io;
 use std::mem;
 use std::ptr;
 use std::slice;
@@ -448,7 +449,83 @@ unsafe fn register(
     mr.length = length;
     mr.lkey = key;
     mr.rkey = key;
-    Box::into_raw(Box::new(mr))
+    Box::into_raw(Box::new(Region { mr, mapping: None })).cast()
+}
+
+/// A memory region. The first field is what applications hold.
+#[repr(C)]
+struct Region {
+    mr: ibv_mr,
+    /// Of a dmabuf: where this process has it mapped, for the emulated NICs' use.
+    mapping: Option<Mapping>,
+}
+
+/// Memory by its file, which need not be anywhere else in this process's reach.
+struct Mapping {
+    start: *mut c_void,
+    length: usize,
+}
+
+impl Mapping {
+    fn new(fd: c_int, offset: u64, length: usize) -> io::Result<Mapping> {
+        let end = offset.checked_add(length as u64);
+        // SAFETY: a C struct of numbers; the descriptor is only looked at. A fresh mapping at an address of the
+        // kernel's choice.
+        unsafe {
+            let mut stat: libc::stat = mem::zeroed();
+            if libc::fstat(fd, &mut stat) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            if end.is_none_or(|end| end > stat.st_size as u64) {
+                return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            }
+            let both = libc::PROT_READ | libc::PROT_WRITE;
+            let start = libc::mmap(
+                ptr::null_mut(),
+                length,
+                both,
+                libc::MAP_SHARED,
+                fd,
+                offset as libc::off_t,
+            );
+            if start == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(Mapping { start, length })
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, whose region is gone or was never made.
+        unsafe { libc::munmap(self.start, self.length) };
+    }
+}
+
+/// Whether the CPU, which does the NIC's work here, reaches the range's ends: where it does not, a NIC could not pin
+/// them.
+fn is_mapped(address: u64, length: u64) -> bool {
+    let mut bytes = [0u8; 2];
+    let here = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: 2 };
+    let at = |address: u64| libc::iovec { iov_base: address as *mut c_void, iov_len: 1 };
+    let there = [at(address), at(address.saturating_add(length - 1))];
+    // SAFETY: the kernel checks what is read, and our two bytes are ours.
+    unsafe { libc::process_vm_readv(libc::getpid(), &here, 1, there.as_ptr(), 2, 0) == 2 }
+}
+
+unsafe fn register_here(
+    pd: *mut ibv_pd,
+    address: *mut c_void,
+    length: usize,
+    iova: u64,
+    access: u32,
+) -> *mut ibv_mr {
+    if length > 0 && !is_mapped(address as u64, length as u64) {
+        return null(libc::EFAULT);
+    }
+    // SAFETY: as the callee wants it.
+    unsafe { register(pd, address, length, iova, access) }
 }
 
 #[unsafe(no_mangle)]
@@ -459,7 +536,7 @@ unsafe extern "C" fn ibv_reg_mr(
     access: c_int,
 ) -> *mut ibv_mr {
     // SAFETY: as the callee wants it.
-    unsafe { register(pd, address, length, address as u64, access as u32) }
+    unsafe { register_here(pd, address, length, address as u64, access as u32) }
 }
 
 #[unsafe(no_mangle)]
@@ -471,7 +548,7 @@ unsafe extern "C" fn ibv_reg_mr_iova(
     access: c_int,
 ) -> *mut ibv_mr {
     // SAFETY: as the callee wants it.
-    unsafe { register(pd, address, length, iova, access as u32) }
+    unsafe { register_here(pd, address, length, iova, access as u32) }
 }
 
 #[unsafe(no_mangle)]
@@ -483,20 +560,37 @@ unsafe extern "C" fn ibv_reg_mr_iova2(
     access: c_uint,
 ) -> *mut ibv_mr {
     // SAFETY: as the callee wants it.
-    unsafe { register(pd, address, length, iova, access) }
+    unsafe { register_here(pd, address, length, iova, access) }
 }
 
-/// Host memory only.
+/// Memory by its file, which stands for a GPU's: what can be mapped is taken, as a memfd can.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ibv_reg_dmabuf_mr(
-    _pd: *mut ibv_pd,
-    _offset: u64,
-    _length: usize,
-    _iova: u64,
-    _fd: c_int,
-    _access: c_int,
+    pd: *mut ibv_pd,
+    offset: u64,
+    length: usize,
+    iova: u64,
+    fd: c_int,
+    access: c_int,
 ) -> *mut ibv_mr {
-    null(libc::EOPNOTSUPP)
+    // SAFETY: a question to the C library.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) as u64 };
+    let inside = (offset % page) as usize;
+    let mapping = match Mapping::new(fd, offset - inside as u64, length.saturating_add(inside)) {
+        Ok(mapping) => mapping,
+        Err(error) => return null(error.raw_os_error().unwrap_or(libc::EINVAL)),
+    };
+    // SAFETY: as the callee wants it; inside the mapping.
+    unsafe {
+        let address = mapping.start.byte_add(inside);
+        let mr = register(pd, address, length, iova, access as u32).cast::<Region>();
+        if !mr.is_null() {
+            // As rdma-core has it.
+            (*mr).mr.addr = offset as *mut c_void;
+            (*mr).mapping = Some(mapping);
+        }
+        mr.cast()
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -504,7 +598,7 @@ unsafe extern "C" fn ibv_dereg_mr(mr: *mut ibv_mr) -> c_int {
     // SAFETY: from one of the functions above.
     unsafe {
         Context::of((*mr).context).nic.free_mr((*mr).rkey);
-        drop(Box::from_raw(mr));
+        drop(Box::from_raw(mr.cast::<Region>()));
     }
     0
 }

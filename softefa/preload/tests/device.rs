@@ -2,6 +2,9 @@
 
 mod harness;
 
+use std::fs::File;
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::time::Instant;
 
@@ -219,6 +222,66 @@ fn remote_bounds_are_exact() {
     assert_eq!(a.status(&b, b.write_at(size + 1), 0, 0), REMOTE_ADDRESS);
     assert_eq!(a.post(&b, 1, b.write_at(0), Data::Buffers(&[])), 0);
     assert_eq!(a.cq.wait().status, OK, "no buffer at all");
+}
+
+#[test]
+fn memory_is_registered_by_its_file() {
+    let (_turn, a, b) = pair();
+    // SAFETY: a descriptor that is ours from here on.
+    let file = unsafe { File::from_raw_fd(libc::memfd_create(c"memory".as_ptr(), 0)) };
+    file.write_all_at(&[7; 3 * 4096], 0).unwrap();
+    let bytes = |from: u64, length: usize| {
+        let mut bytes = vec![0; length];
+        file.read_exact_at(&mut bytes, from).unwrap();
+        bytes
+    };
+    let mapped = || std::fs::read_to_string("/proc/self/maps").unwrap().contains("memfd:memory");
+    // An address at which this process has nothing, as a GPU's.
+    let (offset, length, iova) = (5000, 4000, 0x7000_0000_0000);
+    let region = FileRegion::new(&b.device, &file, offset, length, iova).unwrap();
+    let key = region.key();
+    assert_eq!(a.status(&b, Op::Write { key, to: iova + 10 }, 33, 3990), OK);
+    assert_eq!(bytes(0, 5010), [7; 5010]);
+    assert_eq!(bytes(5010, 3990), a.region.read(33, 3990));
+    assert_eq!(bytes(9000, 3288), [7; 3288], "bytes after it");
+    assert_eq!(a.status(&b, Op::Read { key, from: iova }, 100, length), OK);
+    assert_eq!(a.region.read(100, length), bytes(offset, length));
+    for (to, length) in [(iova - 1, 1), (iova + 1, 4000), (iova + 4000, 1)] {
+        assert_eq!(a.status(&b, Op::Write { key, to }, 0, length), REMOTE_ADDRESS);
+    }
+    // It is sent from, and received into.
+    let data = [ibv_sge { addr: iova, length: 64, lkey: key }];
+    a.receive(1, 0, 64);
+    assert_eq!(b.post(&a, 1, Op::Send, Data::Buffers(&data)), 0);
+    assert_eq!((b.cq.wait().status, a.cq.wait().status), (OK, OK));
+    assert_eq!(a.region.read(0, 64), bytes(offset, 64));
+    assert!(mapped());
+    drop(region);
+    assert!(!mapped(), "nothing is left");
+    assert_eq!(a.status(&b, Op::Write { key, to: iova }, 0, 8), REMOTE_ADDRESS);
+    let refused = |offset, length| FileRegion::new(&b.device, &file, offset, length, iova).err();
+    assert_eq!(refused(0, 3 * 4096 + 1), Some(libc::EINVAL), "past its end");
+    assert_eq!(refused(u64::MAX, 4096), Some(libc::EINVAL));
+    assert_eq!(refused(0, 0), Some(libc::EINVAL));
+    assert!(!mapped());
+}
+
+#[test]
+fn memory_that_is_not_there_is_refused() {
+    let (_turn, a, _b) = pair();
+    // SAFETY: a fresh mapping, which nothing can be read from; unmapped below.
+    unsafe {
+        let none = libc::PROT_NONE;
+        let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let at = libc::mmap(ptr::null_mut(), 8192, libc::PROT_READ, kind, -1, 0);
+        assert_eq!(libc::mprotect(at.byte_add(4096), 4096, none), 0);
+        for (from, length) in [(4096, 1), (0, 4097), (4000, 200)] {
+            let mr = (api().ibv_reg_mr)(a.device.pd, at.byte_add(from), length, ALL as i32);
+            assert!(mr.is_null());
+            assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EFAULT));
+        }
+        libc::munmap(at, 8192);
+    }
 }
 
 #[test]

@@ -11,8 +11,10 @@
 pub mod verbs;
 
 use std::ffi::{c_int, c_void};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::mem;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
@@ -120,6 +122,7 @@ functions! {
     ibv_alloc_pd(*mut ibv_context) -> *mut ibv_pd;
     ibv_dealloc_pd(*mut ibv_pd) -> c_int;
     ibv_reg_mr(*mut ibv_pd, *mut c_void, usize, c_int) -> *mut ibv_mr;
+    ibv_reg_dmabuf_mr(*mut ibv_pd, u64, usize, u64, c_int, c_int) -> *mut ibv_mr;
     ibv_dereg_mr(*mut ibv_mr) -> c_int;
     ibv_create_ah(*mut ibv_pd, *mut ibv_ah_attr) -> *mut ibv_ah;
     ibv_destroy_ah(*mut ibv_ah) -> c_int;
@@ -446,6 +449,44 @@ impl Region {
 }
 
 impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: see Device::open.
+        unsafe { checked((api().ibv_dereg_mr)(self.mr)) };
+    }
+}
+
+/// Memory that is registered by its file alone.
+pub struct FileRegion {
+    mr: *mut ibv_mr,
+    _device: Rc<Device>,
+}
+
+impl FileRegion {
+    /// `length` bytes from `offset` on, which peers call `iova`; the error if it is refused.
+    pub fn new(
+        device: &Rc<Device>,
+        file: &File,
+        offset: u64,
+        length: usize,
+        iova: u64,
+    ) -> Result<FileRegion, c_int> {
+        // SAFETY: see Device::open.
+        let mr = unsafe {
+            let fd = file.as_raw_fd();
+            (api().ibv_reg_dmabuf_mr)(device.pd, offset, length, iova, fd, ALL as c_int)
+        };
+        if mr.is_null() {
+            return Err(std::io::Error::last_os_error().raw_os_error().unwrap());
+        }
+        Ok(FileRegion { mr, _device: device.clone() })
+    }
+    pub fn key(&self) -> u32 {
+        // SAFETY: registered.
+        unsafe { (*self.mr).rkey }
+    }
+}
+
+impl Drop for FileRegion {
     fn drop(&mut self) {
         // SAFETY: see Device::open.
         unsafe { checked((api().ibv_dereg_mr)(self.mr)) };
