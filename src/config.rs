@@ -12,12 +12,12 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
-/// Which NICs a buffer is registered on.
+/// Which NICs a GPU's memory is registered on. The host's is on every NIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NicSelection {
     /// Every NIC.
     All,
-    /// Device memory on the NICs nearest to it only, host memory on every NIC.
+    /// The NICs nearest to the GPU, by the topology.
     Local,
 }
 
@@ -41,8 +41,9 @@ pub struct Config {
     /// `MC_EFA_CQ_THREADS`: polling threads; 0 is one a NIC, more than NICs is the same as that.
     /// Default 1. Each costs up to a core while transfers are under way.
     pub pollers: usize,
-    /// `MC_EFA_NIC_SELECTION`: `all` or `local`. Default `all`. `local` registers device memory
-    /// sooner, and caps a transfer of it at the bandwidth of the nearest NICs.
+    /// `MC_EFA_NIC_SELECTION`: `local` or `all`. Default `local` (Mooncake's own transport: `all`): a GPU's memory is
+    /// registered on the NICs nearest to it only, which caps a transfer of it at their bandwidth. `all` registers it on
+    /// every NIC, which takes longer in proportion.
     pub nic_selection: NicSelection,
     /// `MC_MAX_WR`: operations in flight on one NIC, 1 to 65535. Default: what the provider can
     /// hold. Lower throttles; higher than the provider's is clamped to it.
@@ -128,7 +129,7 @@ impl Default for Config {
             cuda_visible_devices: None,
             cuda_pci_order: false,
             pollers: 1,
-            nic_selection: NicSelection::All,
+            nic_selection: NicSelection::Local,
             max_wr: None,
             max_cqe: 4096,
             av_size: 65536,
@@ -197,7 +198,7 @@ impl Config {
         r.word("CUDA_DEVICE_ORDER", ORDERS, &mut c.cuda_pci_order);
         r.number("MC_EFA_CQ_THREADS", 0..=65535, &mut c.pollers);
         const SELECTION: &[(&str, NicSelection)] =
-            &[("all", NicSelection::All), ("local", NicSelection::Local)];
+            &[("local", NicSelection::Local), ("all", NicSelection::All)];
         r.word("MC_EFA_NIC_SELECTION", SELECTION, &mut c.nic_selection);
         c.max_wr = r.optional("MC_MAX_WR", 1..=65535, "the provider's depth");
         r.number("MC_MAX_CQE_PER_CTX", 1..=65535, &mut c.max_cqe);
@@ -412,7 +413,7 @@ mod tests {
             ("CUDA_VISIBLE_DEVICES", " 1,0", |c| c.cuda_visible_devices = Some(" 1,0".into())),
             ("CUDA_DEVICE_ORDER", "PCI_BUS_ID", |c| c.cuda_pci_order = true),
             ("MC_EFA_CQ_THREADS", "0", |c| c.pollers = 0),
-            ("MC_EFA_NIC_SELECTION", "LOCAL", |c| c.nic_selection = NicSelection::Local),
+            ("MC_EFA_NIC_SELECTION", "ALL", |c| c.nic_selection = NicSelection::All),
             ("MC_MAX_WR", "128", |c| c.max_wr = Some(128)),
             ("MC_MAX_CQE_PER_CTX", "65535", |c| c.max_cqe = 65535),
             ("MC_MAX_EP_PER_CTX", " +64 ", |c| c.av_size = 64),
@@ -463,7 +464,7 @@ mod tests {
         let table = [
             ("CUDA_DEVICE_ORDER", "2", "FASTEST_FIRST, PCI_BUS_ID; keeping FASTEST_FIRST"),
             ("MC_EFA_CQ_THREADS", "-1", "a whole number from 0 to 65535; keeping 1"),
-            ("MC_EFA_NIC_SELECTION", "near", "all, local; keeping all"),
+            ("MC_EFA_NIC_SELECTION", "near", "local, all; keeping local"),
             ("MC_MAX_WR", "0", "from 1 to 65535; keeping the provider's depth"),
             ("MC_MAX_WR", "65536", "from 1 to 65535; keeping the provider's depth"),
             ("MC_MAX_WR", "128k", "from 1 to 65535; keeping the provider's depth"),

@@ -524,12 +524,12 @@ fn a_bad_request_starts_nothing() {
 
 #[test]
 fn registration_is_all_or_nothing() {
-    let bench = Bench::new(3, 8, 1 << 20, true);
+    let bench = Bench::new(4, 8, 1 << 20, true);
     let before = bench.world.lock().regions.clone();
     bench.world.lock().no_memory_on = Some(2);
     let registration = |start: u64| Registration {
         memory: Memory::simulated(start, 4096),
-        rails: vec![0, 1, 2],
+        rails: vec![0, 1, 2, 3],
         preferred: vec![],
         largest: 1024,
         merge: MERGE,

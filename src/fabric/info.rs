@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use parking_lot::Mutex;
 
 use super::bindings as ffi;
-use super::load::{Libfabric, version};
+use super::load::{Libfabric, OLDEST_HMEM, version};
 use super::objects::MAX_NAME;
 use crate::error::{Code, Error, Result};
 
@@ -17,7 +17,7 @@ pub struct Query<'a> {
     pub provider: &'a str,
     /// Fabric name; the `efa` provider lists `efa-direct` first if it is not set.
     pub fabric: Option<&'a str>,
-    /// Ask for device memory support (`FI_HMEM`).
+    /// Ask for device memory support (`FI_HMEM`), from libfabric 1.18 on.
     pub hmem: bool,
 }
 
@@ -112,11 +112,12 @@ impl Info {
         // malloc because fi_freeinfo frees them.
         unsafe {
             let info = raw.as_ptr();
-            (*info).caps = CAPS | if query.hmem { ffi::FI_HMEM } else { 0 };
+            let hmem = query.hmem && lib.api >= OLDEST_HMEM;
+            (*info).caps = CAPS | if hmem { ffi::FI_HMEM } else { 0 };
             (*info).mode = MODE;
             (*(*info).ep_attr).type_ = ffi::FI_EP_RDM;
             let domain = (*info).domain_attr;
-            (*domain).mr_mode = (MR_MODE | if query.hmem { ffi::FI_MR_HMEM } else { 0 }) as i32;
+            (*domain).mr_mode = (MR_MODE | if hmem { ffi::FI_MR_HMEM } else { 0 }) as i32;
             (*domain).threading = ffi::FI_THREAD_DOMAIN;
             (*domain).av_type = ffi::FI_AV_TABLE;
             (*domain).resource_mgmt = ffi::FI_RM_ENABLED;
@@ -208,10 +209,35 @@ impl Info {
         self.has_mr_mode(ffi::FI_MR_ENDPOINT)
     }
 
-    /// Device memory can be registered.
+    /// Device memory can be registered, and the device itself reads and writes it.
     pub fn device_memory(&self) -> bool {
+        self.no_device_memory().is_none()
+    }
+
+    /// Why device memory cannot be registered, if so. Software providers copy it by the CPU, in the middle of a poll and
+    /// in whatever context is there, and `shm` says `FI_HMEM` even where libfabric has no CUDA: theirs is of no use.
+    pub fn no_device_memory(&self) -> Option<String> {
+        let provider = self.provider();
+        if provider != "efa" {
+            return Some(format!("provider {provider} takes host memory only"));
+        }
+        if self.lib.api < OLDEST_HMEM {
+            return Some(format!(
+                "libfabric {} cannot be kept from copying GPU memory by the CPU, as 1.18 and newer can",
+                self.lib.version()
+            ));
+        }
         // SAFETY: as in domain_attr.
-        unsafe { self.raw.as_ref().caps & ffi::FI_HMEM != 0 }
+        (unsafe { self.raw.as_ref().caps & ffi::FI_HMEM == 0 }).then(|| {
+            "libfabric has no CUDA here: it was built without, or finds no libcudart.so, or FI_HMEM says so, as \
+             it does if this process used no GPU yet when libfabric was first used"
+                .to_owned()
+        })
+    }
+
+    /// Device memory can be registered by a dmabuf.
+    pub fn takes_dmabuf(&self) -> bool {
+        self.device_memory() && self.lib.api >= version(1, 20)
     }
 
     /// Bytes of a region key that the provider can take.

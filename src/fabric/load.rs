@@ -21,6 +21,8 @@ const GENERATIONS: [&CStr; 5] =
     [c"FABRIC_1.10", c"FABRIC_1.9", c"FABRIC_1.8", c"FABRIC_1.7", c"FABRIC_1.3"];
 
 const OLDEST_API: u32 = version(1, 17);
+/// From here on an endpoint can be kept from calling CUDA, and with that from `shm`.
+pub(super) const OLDEST_HMEM: u32 = version(1, 18);
 const BINDINGS_API: u32 = version(ffi::FI_MAJOR_VERSION, ffi::FI_MINOR_VERSION);
 
 pub(super) const fn version(major: u32, minor: u32) -> u32 {
@@ -69,12 +71,14 @@ impl Libfabric {
         if let Some(lib) = LOADED.get() {
             return Ok(lib);
         }
+        let lib = Self::load(override_path)?;
+        // Looked at by the first fi_getinfo.
+        let device_memory = device_memory && lib.api >= OLDEST_HMEM;
         if !device_memory && std::env::var_os("FI_HMEM").is_none() {
             // SAFETY: changing the environment races with C code that reads it by pointer. glibc
             // keeps replaced strings, and this happens once, when a transport is installed.
             unsafe { std::env::set_var("FI_HMEM", "system") };
         }
-        let lib = Self::load(override_path)?;
         Ok(LOADED.get_or_init(|| lib))
     }
 

@@ -1,6 +1,7 @@
 //! Memory that may be read and written by other hosts.
 
 use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -79,6 +80,32 @@ impl Memory {
 impl From<&Arc<Buffer>> for Memory {
     fn from(buffer: &Arc<Buffer>) -> Self {
         Self { address: buffer.address(), length: buffer.length, _owner: Some(buffer.clone()) }
+    }
+}
+
+/// Device memory as a file, by which other devices map it without knowing whose it is. Needed only while memory is
+/// being registered; closed when dropped.
+#[derive(Debug)]
+pub struct Dmabuf {
+    file: OwnedFd,
+    start: u64,
+}
+
+impl Dmabuf {
+    /// The file, and the address of its first byte, as CUDA names it.
+    pub fn new(file: OwnedFd, start: u64) -> Self {
+        Self { file, start }
+    }
+
+    /// The address of its first byte.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+}
+
+impl AsFd for Dmabuf {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -30,7 +30,7 @@ mod wait;
 pub use info::{Info, Query};
 pub use load::Libfabric;
 pub(crate) use memory::Owner;
-pub use memory::{Buffer, Memory};
+pub use memory::{Buffer, Dmabuf, Memory};
 pub use objects::{
     AddressVector, Completed, CompletionError, CompletionQueue, Domain, Endpoint, EventQueue,
     Fabric, MemoryKind, MemoryRegion, Operation, PeerAddress, Post,

@@ -2,13 +2,13 @@
 
 use std::cell::UnsafeCell;
 use std::ffi::{CStr, CString, c_int, c_void};
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
 use super::bindings as ffi;
 use super::info::AddressForm;
-use super::{Info, Libfabric, Memory};
+use super::{Dmabuf, Info, Libfabric, Memory};
 use crate::error::{Code, Error, Result};
 
 /// Longest endpoint address we handle; libfabric's are 16 to 64 bytes.
@@ -451,12 +451,69 @@ impl Drop for AddressVector {
 }
 
 /// What kind of memory a region is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MemoryKind {
+#[derive(Clone, Copy, Debug)]
+pub enum MemoryKind<'a> {
     /// Host memory.
     Host,
-    /// Memory of this CUDA device.
-    Cuda(i32),
+    /// Memory of this CUDA device, with the file that it also is, if it is one.
+    Cuda(i32, Option<&'a Dmabuf>),
+}
+
+/// Registers memory with the provider: by its dmabuf if there is one, and by its address if there is none, or if that is
+/// refused.
+///
+/// # Safety
+/// The domain is open, and the memory stays mapped while it is registered.
+unsafe fn register(
+    lib: &Libfabric,
+    domain: NonNull<ffi::fid_domain>,
+    memory: &Memory,
+    kind: MemoryKind,
+    key: u64,
+) -> Result<NonNull<ffi::fid_mr>> {
+    // SAFETY: zero is a valid value for every field of fi_mr_attr.
+    let mut attr: ffi::fi_mr_attr = unsafe { std::mem::zeroed() };
+    attr.iov_count = 1;
+    attr.access =
+        u64::from(ffi::FI_READ | ffi::FI_WRITE | ffi::FI_REMOTE_READ | ffi::FI_REMOTE_WRITE);
+    attr.requested_key = key;
+    if let MemoryKind::Cuda(device, _) = kind {
+        attr.iface = ffi::FI_HMEM_CUDA;
+        attr.device.cuda = device;
+    }
+    let call = |attr: &ffi::fi_mr_attr, flags: u64, what: &str| {
+        let mut raw = null_mut();
+        // SAFETY: the domain is open; the attributes, and what they point to, outlive the call.
+        let ret: c_int = unsafe {
+            let fid = &raw mut (*domain.as_ptr()).fid;
+            match (*(*domain.as_ptr()).mr).regattr {
+                Some(function) => function(fid, attr, flags, &raw mut raw),
+                None => -(ffi::FI_ENOSYS as c_int),
+            }
+        };
+        opened(lib, what, ret, raw).map_err(|error: Error| Error { code: Code::Memory, ..error })
+    };
+    let mut first = None;
+    if let MemoryKind::Cuda(_, Some(dmabuf)) = kind {
+        let file = ffi::fi_mr_dmabuf {
+            fd: dmabuf.as_fd().as_raw_fd(),
+            offset: memory.address() - dmabuf.start(),
+            len: memory.length() as usize,
+            base_addr: dmabuf.start() as *mut c_void,
+        };
+        attr.__bindgen_anon_1.dmabuf = &raw const file;
+        match call(&attr, ffi::FI_MR_DMABUF, "fi_mr_regattr of its dmabuf") {
+            Ok(raw) => return Ok(raw),
+            Err(error) => first = Some(error),
+        }
+    }
+    let iov =
+        ffi::iovec { iov_base: memory.address() as *mut c_void, iov_len: memory.length() as usize };
+    attr.__bindgen_anon_1.mr_iov = &raw const iov;
+    call(&attr, 0, "fi_mr_regattr").map_err(|error| match first {
+        Some(first) => Error { text: format!("{first}; without it: {error}"), ..error },
+        None => error,
+    })
 }
 
 /// Registered memory: what operations read and write, here and on peers that know its key.
@@ -476,7 +533,11 @@ pub struct MemoryRegion {
 unsafe impl Send for MemoryRegion {}
 
 impl MemoryRegion {
-    /// Registers `memory`. `key` is used where the provider does not choose keys itself.
+    /// Registers `memory`. `key` is used where the provider does not choose keys itself. Device memory is registered by
+    /// its file, if it has one and the provider takes it, or else by its address.
+    ///
+    /// # Errors
+    /// [`Code::Memory`], with the provider's reason; if both ways were tried, with both.
     pub fn register(
         endpoint: &Endpoint,
         info: &Info,
@@ -486,33 +547,14 @@ impl MemoryRegion {
     ) -> Result<Self> {
         let domain = &endpoint.bound.domain;
         let lib = domain.lib();
-        let iov = ffi::iovec {
-            iov_base: memory.address() as *mut c_void,
-            iov_len: memory.length() as usize,
-        };
-        // SAFETY: zero is a valid value for every field of fi_mr_attr.
-        let mut attr: ffi::fi_mr_attr = unsafe { std::mem::zeroed() };
-        attr.__bindgen_anon_1.mr_iov = &raw const iov;
-        attr.iov_count = 1;
-        attr.access =
-            u64::from(ffi::FI_READ | ffi::FI_WRITE | ffi::FI_REMOTE_READ | ffi::FI_REMOTE_WRITE);
-        attr.requested_key = key;
-        if let MemoryKind::Cuda(device) = kind {
-            attr.iface = ffi::FI_HMEM_CUDA;
-            attr.device.cuda = device;
-        }
-        let mut raw = null_mut();
-        // SAFETY: the domain is open; attributes and iovec outlive the call; that the range stays
-        // mapped is the promise a Memory stands for.
-        let ret: c_int = unsafe {
-            let fid = &raw mut (*domain.raw.as_ptr()).fid;
-            match (*(*domain.raw.as_ptr()).mr).regattr {
-                Some(function) => function(fid, &raw const attr, 0, &raw mut raw),
-                None => -(ffi::FI_ENOSYS as c_int),
+        let kind = match kind {
+            MemoryKind::Cuda(device, Some(_)) if !info.takes_dmabuf() => {
+                MemoryKind::Cuda(device, None)
             }
+            kind => kind,
         };
-        let raw: NonNull<ffi::fid_mr> = opened(lib, "fi_mr_regattr", ret, raw)
-            .map_err(|error| Error { code: Code::Memory, ..error })?;
+        // SAFETY: the domain is open; that the range stays mapped is the promise a Memory stands for.
+        let raw = unsafe { register(lib, domain.raw, memory, kind, key) }?;
         let mut region = Self {
             raw: Some(raw),
             key: 0,
@@ -541,7 +583,7 @@ impl MemoryRegion {
         }
         // SAFETY: the region is open (and enabled, where that is needed).
         region.key = unsafe { (*raw.as_ptr()).key };
-        if info.local_descriptors() || kind != MemoryKind::Host {
+        if info.local_descriptors() || !matches!(kind, MemoryKind::Host) {
             // SAFETY: as above.
             region.descriptor = unsafe { (*raw.as_ptr()).mem_desc };
         }
@@ -966,4 +1008,97 @@ fn opened<T>(lib: &Libfabric, what: &str, ret: c_int, raw: *mut T) -> Result<Non
 
 fn done(lib: &Libfabric, code: Code, what: &str, ret: c_int) -> Result<()> {
     if ret == 0 { Ok(()) } else { Err(lib.error(code, what, ret.into())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    /// What a provider was asked for: the flags, and (descriptor, address, offset, length), -1 where it was by address.
+    type Asked = (u64, c_int, u64, u64, usize);
+
+    thread_local! {
+        /// What the provider answers, for each call; and what it was asked.
+        static PROVIDER: RefCell<(Vec<c_int>, Vec<Asked>)> = RefCell::default();
+    }
+
+    unsafe extern "C" fn regattr(
+        _: *mut ffi::fid,
+        attr: *const ffi::fi_mr_attr,
+        flags: u64,
+        mr: *mut *mut ffi::fid_mr,
+    ) -> c_int {
+        // SAFETY: whole attributes, whose union is what the flags say.
+        let asked = unsafe {
+            let attr = &*attr;
+            assert_eq!((attr.iface, attr.device.cuda, attr.iov_count), (ffi::FI_HMEM_CUDA, 3, 1));
+            if flags & ffi::FI_MR_DMABUF != 0 {
+                let file = &*attr.__bindgen_anon_1.dmabuf;
+                (flags, file.fd, file.base_addr as u64, file.offset, file.len)
+            } else {
+                let iov = &*attr.__bindgen_anon_1.mr_iov;
+                (flags, -1, iov.iov_base as u64, 0, iov.iov_len)
+            }
+        };
+        PROVIDER.with_borrow_mut(|(answers, all)| {
+            all.push(asked);
+            let answer = answers.remove(0);
+            if answer == 0 {
+                // SAFETY: the caller's pointer. It is looked at no further.
+                unsafe { *mr = NonNull::dangling().as_ptr() };
+            }
+            answer
+        })
+    }
+
+    /// Registers 5000 bytes, 100 bytes after the start of a file, with a provider that answers so.
+    fn ask(answers: &[c_int], by_file: bool) -> (Result<()>, Vec<Asked>, c_int) {
+        let lib = Libfabric::get(None, false).expect("libfabric");
+        let file: OwnedFd = File::open("/dev/null").expect("a file").into();
+        let fd = file.as_raw_fd();
+        let dmabuf = Dmabuf::new(file, 0x7000_0000);
+        // SAFETY: zero is a valid value for structures of numbers, pointers and optional functions.
+        let (mut ops, mut domain): (ffi::fi_ops_mr, ffi::fid_domain) =
+            unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
+        ops.regattr = Some(regattr);
+        domain.mr = &raw mut ops;
+        PROVIDER.set((answers.to_vec(), Vec::new()));
+        let memory = Memory::simulated(0x7000_0064, 5000);
+        // SAFETY: the domain has what is called, and the provider touches no memory.
+        let made = unsafe {
+            let kind = MemoryKind::Cuda(3, by_file.then_some(&dmabuf));
+            register(lib, NonNull::from(&mut domain), &memory, kind, 1)
+        };
+        let (left, asked) = PROVIDER.take();
+        assert!(left.is_empty(), "asked too seldom");
+        (made.map(drop), asked, fd)
+    }
+
+    #[test]
+    fn device_memory_goes_by_its_dmabuf_or_else_by_its_address() {
+        let flag = ffi::FI_MR_DMABUF;
+        let (made, asked, fd) = ask(&[0], true);
+        made.expect("registered");
+        let by_file = (flag, fd, 0x7000_0000, 100, 5000);
+        assert_eq!(asked, [by_file]);
+        let by_address = (0, -1, 0x7000_0064, 0, 5000);
+        let (made, asked, _) = ask(&[0], false);
+        made.expect("registered");
+        assert_eq!(asked, [by_address]);
+        let (made, asked, fd) = ask(&[-libc::EOPNOTSUPP, 0], true);
+        made.expect("registered the other way");
+        assert_eq!(asked, [(flag, fd, 0x7000_0000, 100, 5000), by_address]);
+        let (made, ..) = ask(&[-libc::EOPNOTSUPP, -libc::EFAULT], true);
+        let error = made.expect_err("refused both ways");
+        assert_eq!(error.code, Code::Memory);
+        assert_eq!(
+            error.text,
+            "fi_mr_regattr of its dmabuf failed: Operation not supported (95); without it: \
+             fi_mr_regattr failed: Bad address (14)"
+        );
+    }
 }

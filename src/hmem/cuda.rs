@@ -114,6 +114,19 @@ pub(super) fn driver() -> Option<&'static Driver> {
 
 const NAME: &CStr = c"libcuda.so.1";
 
+/// A function that not every driver has.
+pub(super) fn find(name: &CStr) -> Option<*mut c_void> {
+    // SAFETY: NUL-terminated names; RTLD_NOLOAD only finds what is loaded already.
+    let symbol = unsafe {
+        let library = libc::dlopen(NAME.as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD);
+        if library.is_null() {
+            return None;
+        }
+        libc::dlsym(library, name.as_ptr())
+    };
+    (!symbol.is_null()).then_some(symbol)
+}
+
 /// Loads and initialises the driver, for somebody who wants device memory of his own. Makes no context.
 ///
 /// # Errors

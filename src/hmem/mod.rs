@@ -6,6 +6,8 @@
 
 mod copier;
 mod cuda;
+mod dmabuf;
+mod in_use;
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::null_mut;
@@ -16,6 +18,7 @@ use crate::fabric::{Buffer, Memory, Owner};
 pub use copier::{Copier, Direction};
 pub use cuda::Context;
 use cuda::{Attribute, DEVICE_MEMORY, Driver, HOST_MEMORY, RawIpcHandle, driver};
+pub use in_use::{gpu_in_use, in_used_context};
 
 /// Where memory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -121,6 +121,8 @@ pub struct FabricNic {
     context_bits: u32,
     delivery: bool,
     is_efa: bool,
+    /// Why it takes host memory only, if so.
+    host_only: Option<String>,
     port: Port,
     generations: Box<[u8]>,
     /// The first context that is not for the engine's operations.
@@ -199,10 +201,19 @@ impl FabricNic {
             if is_shm {
                 shm::clean();
             }
+            let mut host_only = info.no_device_memory();
             let configure = |endpoint: &Endpoint| {
                 // Keep transfers on the device; providers without these options refuse them.
                 endpoint.set_shared_memory(false);
-                endpoint.set_cuda_api(false);
+                if !endpoint.set_cuda_api(false) && host_only.is_none() {
+                    // It would copy by the CPU. And where it may call CUDA, it asks of memory what CUDA refuses for
+                    // that of its virtual memory management, and then fails transfers.
+                    host_only = Some(
+                        "the NIC cannot reach the GPUs' memory (no peer to peer): load efa_nv_peermem or \
+                         NVIDIA's open kernel modules, and unset FI_HMEM_DISABLE_P2P"
+                            .to_owned(),
+                    );
+                }
                 if is_shm {
                     shm::name().map(|name| endpoint.set_address(&name));
                 }
@@ -227,6 +238,7 @@ impl FabricNic {
                 context_bits,
                 delivery,
                 is_efa,
+                host_only,
                 port: Port::new(&device.name),
                 generations: vec![0; depth as usize].into(),
                 first_extra,
@@ -314,16 +326,38 @@ impl FabricNic {
         Ok(made)
     }
 
-    /// Once for each provider.
+    /// Device memory, which the NIC itself is to reach.
+    fn register_device(
+        &mut self,
+        memory: &Memory,
+        device: i32,
+        held: Option<&Held>,
+    ) -> Result<MemoryRegion> {
+        let Some(held) = held.and_then(|held| held.device.as_ref()) else {
+            return self.register_with_key(memory, MemoryKind::Cuda(device, None));
+        };
+        held.order_copies();
+        if !self.info.takes_dmabuf() {
+            return self.register_with_key(memory, MemoryKind::Cuda(device, None));
+        }
+        match held.dmabuf() {
+            Ok(dmabuf) => self.register_with_key(memory, MemoryKind::Cuda(device, Some(&dmabuf))),
+            Err(first) => self
+                .register_with_key(memory, MemoryKind::Cuda(device, None))
+                .map_err(|error| Error { text: format!("{first}; without it: {error}"), ..error }),
+        }
+    }
+
+    /// Once for each reason.
     fn say_staged(&self) {
         static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
-        let (provider, mut said) = (self.info.provider(), SAID.lock());
-        if !said.contains(&provider) {
+        let (why, mut said) = (self.host_only.clone().unwrap_or_default(), SAID.lock());
+        if !said.contains(&why) {
             log::warn!(
-                "libfabric's provider {provider} takes no GPU memory here: it is staged through pinned host memory, \
-                 which is slower, and only peers that run mooncake-efa reach it"
+                "{why}; so GPU memory is staged through pinned host memory, which is slower, and only peers that run \
+                 mooncake-efa reach it"
             );
-            said.push(provider);
+            said.push(why);
         }
     }
 
@@ -480,12 +514,12 @@ impl Nic for FabricNic {
     fn register(&mut self, region: u32, memory: &Memory) -> Result<u64> {
         let held = near::hold(memory)?;
         let kind = held.as_ref().map_or(Kind::Host, |held| held.kind);
-        let nic = match (kind, self.info.device_memory()) {
+        let nic = match (kind, self.host_only.is_none()) {
             (Kind::Host | Kind::Pinned, _) => {
                 Some(self.register_with_key(memory, MemoryKind::Host)?)
             }
             (Kind::Device(device), true) => {
-                let made = self.register_with_key(memory, MemoryKind::Cuda(device));
+                let made = self.register_device(memory, device, held.as_deref());
                 Some(made.map_err(|error| {
                     let (length, at) = (memory.length(), memory.address());
                     error.context(format!("{length} bytes at {at:#x} on CUDA device {device}"))

@@ -182,6 +182,15 @@ impl RegisteredBuffer {
     }
 }
 
+/// The NICs that memory is registered on, the nearest first.
+fn rails_for(selection: NicSelection, kind: Kind, near: &[u16], far: &[u16]) -> Vec<u16> {
+    if selection == NicSelection::Local && !kind.is_host() {
+        near.to_vec()
+    } else {
+        [near, far].concat()
+    }
+}
+
 /// The provider's devices that could be used, without opening any.
 ///
 /// # Errors
@@ -192,8 +201,9 @@ pub fn devices(config: &Config) -> Result<Vec<Device>> {
 
 /// libfabric, and at least one device of the provider.
 fn find(config: &Config) -> Result<(&'static Libfabric, Vec<Device>)> {
-    let lib = Libfabric::get(config.libfabric.as_deref(), hmem::cuda_loaded())?;
-    let found = nic::devices(lib, &config.provider, config.use_ipv6)?;
+    let device_memory = hmem::gpu_in_use() && config.provider == "efa";
+    let lib = Libfabric::get(config.libfabric.as_deref(), device_memory)?;
+    let found = hmem::in_used_context(|| nic::devices(lib, &config.provider, config.use_ipv6))?;
     if found.is_empty() { Err(no_devices(lib, config)) } else { Ok((lib, found)) }
 }
 
@@ -217,7 +227,7 @@ impl Transport {
             (given, _) => given,
         };
         let chosen = choose(found, &devices, topology.as_ref(), &config)?;
-        let nics = open_all(lib, chosen, &config)?;
+        let nics = hmem::in_used_context(|| open_all(lib, chosen, &config))?;
         let addresses = nics.iter().map(|(_, nic)| nic.address().into()).collect();
         let names: Vec<String> = nics.iter().map(|(name, _)| name.clone()).collect();
         let settings = Settings {
@@ -364,12 +374,8 @@ impl Transport {
             };
             let (near, far) = shared.topology.nics_for(&location, &shared.names);
             let narrow = |nics: &[usize]| nics.iter().map(|&nic| nic as u16).collect::<Vec<_>>();
-            let only_near = shared.config.nic_selection == NicSelection::Local
-                && !kind.is_host()
-                && !near.is_empty();
-            let all = narrow(&[near.clone(), far].concat());
-            let near = narrow(&near);
-            let rails = if only_near { near.clone() } else { all };
+            let (near, far) = (narrow(&near), narrow(&far));
+            let rails = rails_for(shared.config.nic_selection, kind, &near, &far);
             let page = match (&mapped, kind) {
                 (_, Kind::Device(_) | Kind::Managed(_)) => DEVICE_PAGE,
                 (Some(mapped), _) if memory.length() >= WORTH_ASKING => {
@@ -992,4 +998,24 @@ fn make_way(progress: Progress) {
 
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpu_memory_is_registered_on_near_nics_unless_all_are_asked_for() {
+        let rails = |selection, kind| rails_for(selection, kind, &[3, 1], &[0, 2]);
+        let (local, all) = (NicSelection::Local, NicSelection::All);
+        for kind in [Kind::Device(0), Kind::Managed(0)] {
+            assert_eq!(rails(local, kind), [3, 1]);
+            assert_eq!(rails(all, kind), [3, 1, 0, 2]);
+        }
+        for kind in [Kind::Host, Kind::Pinned] {
+            assert_eq!(rails(local, kind), [3, 1, 0, 2]);
+            assert_eq!(rails(all, kind), [3, 1, 0, 2]);
+        }
+        assert_eq!(Config::default().nic_selection, local);
+    }
 }
