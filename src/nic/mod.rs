@@ -224,7 +224,13 @@ impl FabricNic {
             // EFA's device acknowledges a write when it is in the target's memory. Software must be
             // asked to, and so must the `efa` provider where it emulates writes, or might (1.17
             // does not tell).
-            let (emulated_writes, _) = endpoint.emulation();
+            let (emulated_writes, emulated_reads) = endpoint.emulation();
+            if emulated_reads == Some(true) && host_only.is_none() {
+                // It has no way then to get what comes in packets into GPU memory, and what goes there hangs.
+                host_only = Some(
+                    "the NIC has no RDMA reads, or FI_EFA_USE_DEVICE_RDMA=0 is set".to_owned(),
+                );
+            }
             let is_efa = info.provider() == "efa";
             let delivery = !is_efa || emulated_writes != Some(false);
             let mut nic = Self {
