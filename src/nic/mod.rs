@@ -605,8 +605,13 @@ impl Nic for FabricNic {
     }
 
     fn greet(&mut self, peer: PeerAddress, remote: u64, key: u64) -> Post {
-        // Older libfabric waits for the answer itself.
-        if self.info.device_rma() { self.endpoint.greet(peer, remote, key) } else { Post::Done }
+        // Older libfabric waits for the answer itself. An owner's key is none of the peer's NIC, which would refuse the
+        // write (or the peer crash, where writes are emulated); messages need no greeting.
+        if self.info.device_rma() && !message::is_owners(key) {
+            self.endpoint.greet(peer, remote, key)
+        } else {
+            Post::Done
+        }
     }
 
     fn unanswered(&mut self, waited: Duration) -> Fault {
