@@ -63,9 +63,11 @@ functions! {
     primary_state = c"cuDevicePrimaryCtxGetState"(c_int, *mut c_uint, *mut c_int);
     push = c"cuCtxPushCurrent_v2"(RawContext);
     pop = c"cuCtxPopCurrent_v2"(*mut RawContext);
+    current = c"cuCtxGetCurrent"(*mut RawContext);
     enable_peer = c"cuCtxEnablePeerAccess"(RawContext, c_uint);
     can_access_peer = c"cuDeviceCanAccessPeer"(*mut c_int, c_int, c_int);
     pointer = c"cuPointerGetAttribute"(*mut c_void, c_uint, u64);
+    set_pointer = c"cuPointerSetAttribute"(*const c_void, c_uint, u64);
     alloc = c"cuMemAlloc_v2"(*mut u64, usize);
     free = c"cuMemFree_v2"(u64);
     pin = c"cuMemHostRegister_v2"(*mut c_void, usize, c_uint);

@@ -46,14 +46,12 @@ impl DeviceMemory {
     /// not for all: a NIC would send what was there before. CUDA has no such thing for VMM memory, whose users wait
     /// for their streams.
     pub fn order_copies(&self) {
-        type SetAttribute = unsafe extern "C" fn(*const c_void, c_uint, u64) -> c_int;
         const SYNC_MEMOPS: c_uint = 6;
-        let Some(found) = cuda::find(c"cuPointerSetAttribute") else { return };
         let on: c_uint = 1;
-        // SAFETY: the driver's function of this name has this C signature; the attribute is one unsigned int.
+        // SAFETY: the driver checks the address; the attribute is one unsigned int.
         let ret = unsafe {
-            let set = std::mem::transmute::<*mut c_void, SetAttribute>(found);
-            set((&raw const on).cast(), SYNC_MEMOPS, self.address)
+            let value = (&raw const on).cast();
+            (self.context.driver().set_pointer)(value, SYNC_MEMOPS, self.address)
         };
         log::debug!("CUDA's copies of the memory at {:#x} are put in order: {ret}", self.address);
     }

@@ -1,21 +1,20 @@
 //! Which GPU this process uses, for libraries that would take the first one.
 
-use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
 
-use super::cuda::{self, Context, Driver, SUCCESS, driver};
+use super::cuda::{Context, Driver, SUCCESS, driver};
 
 /// Whether this process uses a GPU: it has made a context, as the CUDA runtime does at the latest with the first
 /// allocation.
 pub fn gpu_in_use() -> bool {
-    driver().is_some_and(|driver| has_current() || active(driver).is_some())
+    driver().is_some_and(|driver| has_current(driver) || active(driver).is_some())
 }
 
 /// Makes a call to code that may use CUDA on the calling thread (libfabric tries whether NICs reach a GPU's memory). On
 /// a thread that uses no GPU the runtime would make a context on the first one, some 600 MB that stay there: a context
 /// of the process's own is current meanwhile instead, if it has one.
 pub fn in_used_context<T>(call: impl FnOnce() -> T) -> T {
-    let context = driver().filter(|_| !has_current()).and_then(|driver| {
+    let context = driver().filter(|driver| !has_current(driver)).and_then(|driver| {
         let device = active(driver)?;
         Context::primary(driver, device).ok()
     });
@@ -24,12 +23,10 @@ pub fn in_used_context<T>(call: impl FnOnce() -> T) -> T {
 }
 
 /// Whether a context is current on this thread.
-fn has_current() -> bool {
-    type GetCurrent = unsafe extern "C" fn(*mut *mut c_void) -> c_int;
-    let Some(found) = cuda::find(c"cuCtxGetCurrent") else { return false };
+fn has_current(driver: &Driver) -> bool {
     let mut context = null_mut();
-    // SAFETY: the driver's function of this name has this C signature; one pointer is written.
-    let ret = unsafe { std::mem::transmute::<*mut c_void, GetCurrent>(found)(&raw mut context) };
+    // SAFETY: one pointer is written.
+    let ret = unsafe { (driver.current)(&raw mut context) };
     ret == SUCCESS && !context.is_null()
 }
 

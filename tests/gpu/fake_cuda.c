@@ -96,6 +96,7 @@ struct memory {
     int users;             /* IMPORTED: how often it was opened */
     ino_t inode;           /* IMPORTED */
     int queued;            /* copies queued for it */
+    bool ordered;          /* DEVICE: synchronous copies wait */
 };
 
 struct reservation {
@@ -792,6 +793,7 @@ API int cuPointerGetAttribute(void *data, int attribute, uint64_t pointer) {
     switch (attribute) {
     case 1: memcpy(data, &memory->context, sizeof memory->context); return 0;
     case 2: memcpy(data, &(unsigned){on_host ? 1 : 2}, sizeof(unsigned)); return 0;
+    case 6: *(unsigned char *)data = memory->ordered; return 0;
     case 7: memcpy(data, &memory->id, sizeof memory->id); return 0;
     case 8: *(unsigned char *)data = memory->kind == MANAGED; return 0;
     case 9: memcpy(data, &memory->device, sizeof memory->device); return 0;
@@ -804,6 +806,16 @@ API int cuPointerGetAttribute(void *data, int attribute, uint64_t pointer) {
     }
 }
 
+/* Not of VMM memory, as on an H100. */
+API int cuPointerSetAttribute(const void *value, int attribute, uint64_t pointer) {
+    ENTER;
+    struct memory *memory = find_memory(pointer);
+    REFUSE_IF(!memory || attribute != 6, INVALID_VALUE);
+    REFUSE_IF(memory->kind != DEVICE, NOT_SUPPORTED);
+    memory->ordered = *(const unsigned *)value != 0;
+    return 0;
+}
+
 API int cuMemGetAddressRange_v2(uint64_t *base, size_t *size, uint64_t pointer) {
     ENTER_CURRENT;
     struct memory *memory = find_memory(pointer);
@@ -813,11 +825,16 @@ API int cuMemGetAddressRange_v2(uint64_t *base, size_t *size, uint64_t pointer) 
     return 0;
 }
 
-/* A dmabuf, or what passes for one: a descriptor of the same bytes, from the first one on. */
+/* A dmabuf, or what passes for one: a descriptor of the same bytes, from the first one on. As on an H100: whole pages,
+ * also around memory that does not fill them, and no mapping by PCIe (1), which is for GPUs with another way. */
 API int cuMemGetHandleForAddressRange(void *handle, uint64_t address, size_t size, int type, unsigned long long flags) {
     ENTER_CURRENT;
     REFUSE_IF(type != 1 || flags > 1 || !size || address % PAGE || size % PAGE, INVALID_VALUE);
+    REFUSE_IF(flags, NOT_SUPPORTED);
     struct memory *memory = find_memory(address);
+    for (struct memory *other = memories; !memory && other; other = other->next) {
+        if (other->address - address < PAGE) memory = other;
+    }
     REFUSE_IF(!is_device_side(memory) || memory->kind == IMPORTED, INVALID_VALUE);
     REFUSE_IF(round_up(memory->address + memory->size, PAGE) - address < size, NOT_SUPPORTED);
     /* The caller takes the first byte of the range for the first of the descriptor. */

@@ -65,6 +65,19 @@ impl Driver {
         active != 0
     }
 
+    /// Whether copies that are said to be synchronous are, of memory at this address.
+    fn is_ordered(&self, address: u64) -> bool {
+        const SYNC_MEMOPS: c_int = 6;
+        let mut ordered = 0_u8;
+        // SAFETY: cuda.h's signature.
+        unsafe {
+            let ask: unsafe extern "C" fn(*mut u8, c_int, u64) -> c_int =
+                std::mem::transmute(self.function(c"cuPointerGetAttribute"));
+            assert_eq!(ask(&raw mut ordered, SYNC_MEMOPS, address), 0);
+        }
+        ordered != 0
+    }
+
     fn fail(&self, rules: &CStr) {
         // SAFETY: fake_cuda.h's signature.
         unsafe {
@@ -103,6 +116,18 @@ fn gpu_memory_is_exported_and_no_other_gpu_is_touched() {
     let mut there = vec![0; length as usize];
     buffer.read(100, &mut there).expect("copied");
     assert!(there == bytes, "other bytes");
+
+    // A small allocation begins and ends inside a page.
+    let small = DeviceBuffer::new(1, 700).expect("device memory");
+    // SAFETY: as above.
+    let memory = unsafe { Memory::from_raw(small.address(), 700) }.expect("memory");
+    let of_page = DeviceMemory::of(&memory, Kind::Device(1)).expect("a context").expect("a GPU's");
+    let start = of_page.dmabuf().expect("exported").start();
+    assert!(start < small.address() && small.address() - start < 4096, "the page around it");
+
+    assert!(!driver.is_ordered(buffer.address()));
+    device.order_copies();
+    assert!(driver.is_ordered(buffer.address()));
 
     driver.fail(c"cuMemGetHandleForAddressRange=801");
     let error = device.dmabuf().expect_err("refused");
