@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use mooncake_efa::engine::{MAX_BATCH, Request, Status, TargetId};
+use mooncake_efa::hmem::DeviceBuffer;
 use mooncake_efa::segment::Segment;
 use mooncake_efa::transport::{self, Options, Transport};
 use mooncake_efa::{Code, Error, Result};
@@ -224,8 +225,14 @@ pub fn run(args: &Args) -> Result<()> {
         ));
     }
     // A target process would say it too, but later.
-    args.homes().0.gpus()?;
-    args.homes().1.gpus()?;
+    let (initiators, targets) = (args.homes().0.gpus()?, args.homes().1.gpus()?);
+    let ours = match args.mode {
+        Mode::Target => targets,
+        Mode::Initiator if args.same_process => [initiators, targets].concat(),
+        Mode::Initiator => initiators,
+    };
+    // libfabric gets CUDA only where a GPU is in use when it is first asked for devices.
+    let _in_use = ours.first().map(|&gpu| DeviceBuffer::new(gpu, 1)).transpose()?;
     // Finds out early what is missing. And libraries that libfabric loads (PSM) take the signals for
     // themselves, so our handler must come later.
     transport::devices(&crate::config(args.provider.as_deref()))?;
