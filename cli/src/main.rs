@@ -75,7 +75,7 @@ fn log_level() -> log::LevelFilter {
 /// Our version, and that of the libfabric that would be used.
 fn print_version() {
     println!("mooncake-efa {}", env!("CARGO_PKG_VERSION"));
-    match Libfabric::get(Config::from_env().libfabric.as_deref(), false) {
+    match Libfabric::get(Config::from_env().libfabric.as_deref()) {
         Ok(lib) => println!("libfabric {} ({})", lib.version(), lib.path()),
         Err(error) => println!("no libfabric: {error}"),
     }

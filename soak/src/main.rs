@@ -136,7 +136,7 @@ fn soak(args: &Args, scenarios: &[(&'static Scenario, u64)]) -> Result<bool> {
         "{} is missing: build it, or name it by --softefa",
         softefa.display()
     );
-    let lib = Libfabric::get(Config::from_env().libfabric.as_deref(), false)?;
+    let lib = Libfabric::get(Config::from_env().libfabric.as_deref())?;
     eprintln!(
         "soak: libfabric {} ({}), data path {}, {} NICs a host, seed {}",
         lib.version(),

@@ -17,7 +17,8 @@ pub struct Query<'a> {
     pub provider: &'a str,
     /// Fabric name; the `efa` provider lists `efa-direct` first if it is not set.
     pub fabric: Option<&'a str>,
-    /// Ask for device memory support (`FI_HMEM`), from libfabric 1.18 on.
+    /// Ask for device memory support (`FI_HMEM`), from libfabric 1.18 on. If the process's first query does not, libfabric
+    /// is kept from the GPUs for good, unless the variable `FI_HMEM` is set.
     pub hmem: bool,
 }
 
@@ -64,9 +65,18 @@ impl Info {
     /// All reliable-datagram RMA endpoints that match. An empty list if there are none.
     pub fn query(lib: &'static Libfabric, query: &Query) -> Result<Vec<Self>> {
         let hints = Self::hints(lib, query)?;
-        // 1.17 has been seen to crash in two calls at once.
-        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-        let _turn = ONE_AT_A_TIME.lock();
+        // 1.17 has been seen to crash in two calls at once. Whether there was one:
+        static ONE_AT_A_TIME: Mutex<bool> = Mutex::new(false);
+        let mut asked = ONE_AT_A_TIME.lock();
+        let hides_gpus = !std::mem::replace(&mut *asked, true)
+            && !wants_hmem(lib, query)
+            && std::env::var_os("FI_HMEM").is_none();
+        if hides_gpus {
+            // libfabric looks at it in the first call, and would open a context on a GPU.
+            // SAFETY: changing the environment races with C code that reads it by pointer. glibc keeps replaced
+            // strings, and this happens once, when a transport is installed.
+            unsafe { std::env::set_var("FI_HMEM", "system") };
+        }
         let mut list = std::ptr::null_mut();
         // SAFETY: `hints` is a whole fi_info made by this library; node and service may be NULL.
         let ret = unsafe {
@@ -79,6 +89,11 @@ impl Info {
                 &raw mut list,
             )
         };
+        if hides_gpus {
+            // Programs that are started from here may want it otherwise.
+            // SAFETY: as above.
+            unsafe { std::env::remove_var("FI_HMEM") };
+        }
         if ret == -(ffi::FI_ENODATA as i32) {
             return Ok(Vec::new());
         }
@@ -112,7 +127,7 @@ impl Info {
         // malloc because fi_freeinfo frees them.
         unsafe {
             let info = raw.as_ptr();
-            let hmem = query.hmem && lib.api >= OLDEST_HMEM;
+            let hmem = wants_hmem(lib, query);
             (*info).caps = CAPS | if hmem { ffi::FI_HMEM } else { 0 };
             (*info).mode = MODE;
             (*(*info).ep_attr).type_ = ffi::FI_EP_RDM;
@@ -270,6 +285,10 @@ impl Info {
     fn has_mr_mode(&self, bit: u32) -> bool {
         self.domain_attr().mr_mode as u32 & bit != 0
     }
+}
+
+fn wants_hmem(lib: &Libfabric, query: &Query) -> bool {
+    query.hmem && lib.api >= OLDEST_HMEM
 }
 
 /// What a provider's endpoint addresses look like. Providers believe what they are handed: `tcp` takes

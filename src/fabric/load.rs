@@ -63,22 +63,12 @@ impl Libfabric {
     /// Order: `override_path` (the variable `MC_EFA_LIBFABRIC`) if given, and then nothing else;
     /// a `libfabric.so.1` already in the process; the system's; `/opt/amazon/efa/lib`.
     /// The first success is kept for the life of the process; a failure is tried again next time.
-    ///
-    /// Without `device_memory`, libfabric is kept from opening a context on a GPU (by
-    /// `FI_HMEM=system`, unless the variable is set).
-    pub fn get(override_path: Option<&str>, device_memory: bool) -> Result<&'static Self> {
+    pub fn get(override_path: Option<&str>) -> Result<&'static Self> {
         static LOADED: OnceLock<Libfabric> = OnceLock::new();
         if let Some(lib) = LOADED.get() {
             return Ok(lib);
         }
         let lib = Self::load(override_path)?;
-        // Looked at by the first fi_getinfo.
-        let device_memory = device_memory && lib.api >= OLDEST_HMEM;
-        if !device_memory && std::env::var_os("FI_HMEM").is_none() {
-            // SAFETY: changing the environment races with C code that reads it by pointer. glibc
-            // keeps replaced strings, and this happens once, when a transport is installed.
-            unsafe { std::env::set_var("FI_HMEM", "system") };
-        }
         Ok(LOADED.get_or_init(|| lib))
     }
 
@@ -243,7 +233,7 @@ mod tests {
 
     #[test]
     fn loads_and_negotiates() {
-        let lib = Libfabric::get(None, false).expect("libfabric");
+        let lib = Libfabric::get(None).expect("libfabric");
         assert!(lib.api >= OLDEST_API && lib.api <= BINDINGS_API && lib.api <= lib.library);
         assert!(lib.path().contains("libfabric.so.1"), "{}", lib.path());
         assert_eq!(lib.strerror(-11), lib.strerror(11));

@@ -1057,7 +1057,7 @@ mod tests {
 
     /// Registers 5000 bytes, 100 bytes after the start of a file, with a provider that answers so.
     fn ask(answers: &[c_int], by_file: bool) -> (Result<()>, Vec<Asked>, c_int) {
-        let lib = Libfabric::get(None, false).expect("libfabric");
+        let lib = Libfabric::get(None).expect("libfabric");
         let file: OwnedFd = File::open("/dev/null").expect("a file").into();
         let fd = file.as_raw_fd();
         let dmabuf = Dmabuf::new(file, 0x7000_0000);

@@ -81,7 +81,7 @@ pub fn devices(lib: &'static Libfabric, provider: &str, ipv6: bool) -> Result<Ve
     for name in &names[..if provider.contains(';') { 1 } else { 2 }] {
         // `shm` says that it takes GPU memory whether or not it does (1.17 to 2.7), and those that do copy inside a poll, in
         // whatever context the thread has.
-        for hmem in [provider == "efa" && hmem::cuda_loaded(), false] {
+        for hmem in [provider == "efa" && hmem::gpu_in_use(), false] {
             let query = Query { provider: name, fabric, hmem };
             let infos = Info::query(lib, &query)?;
             if !infos.is_empty() {

@@ -201,8 +201,7 @@ pub fn devices(config: &Config) -> Result<Vec<Device>> {
 
 /// libfabric, and at least one device of the provider.
 fn find(config: &Config) -> Result<(&'static Libfabric, Vec<Device>)> {
-    let device_memory = hmem::gpu_in_use() && config.provider == "efa";
-    let lib = Libfabric::get(config.libfabric.as_deref(), device_memory)?;
+    let lib = Libfabric::get(config.libfabric.as_deref())?;
     let found = hmem::in_used_context(|| nic::devices(lib, &config.provider, config.use_ipv6))?;
     if found.is_empty() { Err(no_devices(lib, config)) } else { Ok((lib, found)) }
 }

@@ -7,8 +7,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
+use mooncake_efa::config::Config;
 use mooncake_efa::fabric::Memory;
 use mooncake_efa::hmem::{self, DeviceBuffer, DeviceMemory, Kind};
+use mooncake_efa::transport;
 
 /// The fake driver's functions that are asked here.
 struct Driver(*mut c_void);
@@ -91,6 +93,10 @@ impl Driver {
 /// One test, because a process has one driver.
 #[test]
 fn gpu_memory_is_exported_and_no_other_gpu_is_touched() {
+    // What keeps libfabric from the GPUs is not left to the programs that this process starts.
+    let config = Config { provider: "tcp".into(), ..Config::default() };
+    assert!(!transport::devices(&config).expect("tcp").is_empty());
+    assert_eq!(std::env::var_os("FI_HMEM"), None);
     assert!(!hmem::gpu_in_use(), "no driver");
     let driver = Driver::load();
     assert!(hmem::cuda_loaded() && !hmem::gpu_in_use(), "loaded, and not used");
