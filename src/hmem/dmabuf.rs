@@ -43,8 +43,8 @@ impl DeviceMemory {
     }
 
     /// Has CUDA wait for the copies of this allocation that it says to be synchronous before it returns, which it does
-    /// not for all: a NIC would send what was there before. CUDA has no such thing for VMM memory, whose users wait
-    /// for their streams.
+    /// not for all: a NIC, or a copy in a stream of ours, would take what was there before. CUDA has no such thing for VMM
+    /// memory, whose users wait for their streams.
     pub fn order_copies(&self) {
         const SYNC_MEMOPS: c_uint = 6;
         let on: c_uint = 1;

@@ -342,7 +342,6 @@ impl FabricNic {
         let Some(held) = held.and_then(|held| held.device.as_ref()) else {
             return self.register_with_key(memory, MemoryKind::Cuda(device, None));
         };
-        held.order_copies();
         if !self.info.takes_dmabuf() {
             return self.register_with_key(memory, MemoryKind::Cuda(device, None));
         }
@@ -520,6 +519,11 @@ impl Nic for FabricNic {
     fn register(&mut self, region: u32, memory: &Memory) -> Result<u64> {
         let held = near::hold(memory)?;
         let kind = held.as_ref().map_or(Kind::Host, |held| held.kind);
+        if let Some(device) = held.as_ref().and_then(|held| held.device.as_ref()) {
+            device.order_copies();
+            // Other processes of this host may ask for it, though the NIC reaches it.
+            self.listen()?;
+        }
         let nic = match (kind, self.host_only.is_none()) {
             (Kind::Host | Kind::Pinned, _) => {
                 Some(self.register_with_key(memory, MemoryKind::Host)?)
@@ -543,7 +547,6 @@ impl Nic for FabricNic {
             }
             (_, false) => {
                 self.say_staged();
-                self.listen()?;
                 None
             }
         };
