@@ -46,6 +46,8 @@ const WAITING: usize = 4096;
 pub(super) const CONTEXTS: usize = RECEIVES + SENDS + SERVED;
 /// Allocations of other processes that stay mapped.
 const IMPORTS: usize = 1024;
+/// Strangers that stay known, of all that have ever sent us something.
+const STRANGERS: usize = 1024;
 /// How long an owner may be silent about a request until he is asked for it.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Longest wait for copies that use memory which is unregistered.
@@ -68,6 +70,8 @@ pub(super) struct Gpu {
     lent: Option<Pieces>,
     imports: VecDeque<([u8; 64], Arc<Context>, Arc<Import>)>,
     peers: HashMap<PeerAddress, Peer>,
+    /// Who sent us something, and whom the engine does not know.
+    strangers: VecDeque<PeerAddress>,
     /// Endpoints of those that are [`Peer::Far`]: they stay so when they are connected to anew.
     far: HashSet<Box<[u8]>>,
     /// Keys that turned out to be of host memory, which CUDA does not share.
@@ -214,6 +218,7 @@ impl Default for Gpu {
             lent: None,
             imports: VecDeque::new(),
             peers: HashMap::new(),
+            strangers: VecDeque::new(),
             far: HashSet::new(),
             on_host: HashSet::new(),
             ended: Vec::new(),
@@ -253,9 +258,15 @@ impl Gpu {
             || self.queue.iter().any(|asked| asked.peer == peer)
     }
 
+    /// The engine knows a peer, and says when it is to be forgotten.
+    pub fn adopt(&mut self, peer: PeerAddress) {
+        self.strangers.retain(|stranger| *stranger != peer);
+    }
+
     /// A peer's address means somebody else from now on.
     pub fn forget(&mut self, peer: PeerAddress) {
         self.peers.remove(&peer);
+        self.adopt(peer);
         self.on_host.retain(|(known, _)| *known != peer);
         if let Some(mail) = &mut self.mail {
             mail.waiting.retain(|(to, ..)| *to != peer);
@@ -1127,8 +1138,7 @@ impl FabricNic {
             }
             (Body::Forget { handle }, _) => gpu.imports.retain(|(known, ..)| known != handle),
             (Body::Request { .. } | Body::Probe | Body::Hello, _) => {
-                // Somebody new, who may be anyone.
-                let Ok(peer) = self.connect(&message.address) else { return };
+                let Some(peer) = self.answerable(gpu, &message.address) else { return };
                 let (id, life) = (message.id, message.life);
                 let is = |asked: &Asked| (asked.id, asked.life) == (id, life);
                 match message.body {
@@ -1144,6 +1154,25 @@ impl FabricNic {
             }
             _ => {}
         }
+    }
+
+    /// The peer that a message came from, who may be anyone and need not be there.
+    fn answerable(&mut self, gpu: &mut Gpu, address: &[u8]) -> Option<PeerAddress> {
+        let known = self.peers.contains_key(self.known(address));
+        let peer = self.find_or_insert(address).ok()?;
+        if !known {
+            gpu.strangers.push_back(peer);
+            let idle = |stranger: &PeerAddress| *stranger != peer && !gpu.serves(*stranger);
+            let oldest = gpu.strangers.iter().position(idle);
+            if let (true, Some(oldest)) = (gpu.strangers.len() > STRANGERS, oldest) {
+                let stranger = gpu.strangers.remove(oldest)?;
+                gpu.forget(stranger);
+                if let Err(error) = self.disconnect(stranger) {
+                    log::debug!("{}: forgetting a stranger: {error}", self.info.domain());
+                }
+            }
+        }
+        Some(peer)
     }
 
     /// A request was done.

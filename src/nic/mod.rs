@@ -372,6 +372,23 @@ impl FabricNic {
         if self.is_efa { &address[..address.len().min(EFA_ADDRESS)] } else { address }
     }
 
+    /// The peer with this address, which is put into the address vector if it is not there.
+    fn find_or_insert(&mut self, address: &[u8]) -> Result<PeerAddress> {
+        let known = self.known(address);
+        if let Some(&peer) = self.peers.get(known) {
+            return Ok(peer);
+        }
+        // 1.17 takes such an address, and crashes at the first operation.
+        if self.info.provider() == "shm" && shm::is_gone(address) {
+            return Err(Error::new(Code::Endpoint, "the peer's process is gone"));
+        }
+        let peer = self.addresses.insert(address)?;
+        let known: Box<[u8]> = known.into();
+        self.meet(&known, peer);
+        self.peers.insert(known, peer);
+        Ok(peer)
+    }
+
     fn region(&self, region: u32) -> Option<&Region> {
         self.regions.get(region as usize).and_then(Option::as_ref)
     }
@@ -573,18 +590,10 @@ impl Nic for FabricNic {
     }
 
     fn connect(&mut self, address: &[u8]) -> Result<PeerAddress> {
-        let known = self.known(address);
-        if let Some(&peer) = self.peers.get(known) {
-            return Ok(peer);
+        let peer = self.find_or_insert(address)?;
+        if let Some(gpu) = &mut self.gpu {
+            gpu.adopt(peer);
         }
-        // 1.17 takes such an address, and crashes at the first operation.
-        if self.info.provider() == "shm" && shm::is_gone(address) {
-            return Err(Error::new(Code::Endpoint, "the peer's process is gone"));
-        }
-        let peer = self.addresses.insert(address)?;
-        let known: Box<[u8]> = known.into();
-        self.meet(&known, peer);
-        self.peers.insert(known, peer);
         Ok(peer)
     }
 
