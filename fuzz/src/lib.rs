@@ -9,6 +9,14 @@ pub mod door;
 #[path = "../../cli/src/control.rs"]
 mod control_line;
 
+// As is this pair.
+#[allow(dead_code)]
+#[path = "../../src/nic/message.rs"]
+mod message_line;
+#[allow(dead_code)]
+#[path = "../../src/nic/process.rs"]
+mod process;
+
 use std::io::{BufReader, ErrorKind, Read};
 
 use mooncake_efa::Result;
@@ -24,7 +32,7 @@ pub use capi::capi;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("segment", segment),
     ("handshake", handshake),
     ("topology", topology),
@@ -32,6 +40,7 @@ pub const TARGETS: [Target; 9] = [
     ("config", config),
     ("control", control),
     ("frame", frame),
+    ("message", message),
     ("faults", faults),
     ("capi", capi),
 ];
@@ -163,6 +172,27 @@ pub fn control(data: &[u8]) {
     }
     if let Some(Some(hello)) = told(hear::<_, Hello>(&mut reader(), HELLO, now)) {
         segment(hello.descriptor.as_bytes());
+    }
+}
+
+/// What comes to an endpoint about GPU memory. Short ones are as if the rest were 0.
+pub fn message(data: &[u8]) {
+    use message_line::{Body, LENGTH, Message};
+    let mut bytes = [0; LENGTH];
+    let length = data.len().min(LENGTH);
+    bytes[..length].copy_from_slice(&data[..length]);
+    if let Some(message) = Message::decode(&bytes) {
+        // A text that is not UTF-8 gets longer by being made it, and is cut then.
+        let again = Message::decode(&message.encode()).expect("it is one");
+        assert_eq!(
+            (again.id, again.life, &again.address),
+            (message.id, message.life, &message.address)
+        );
+        if let Body::Ended { text, .. } = &message.body {
+            assert!(!text.contains(char::is_control));
+        } else {
+            assert_eq!(again, message);
+        }
     }
 }
 

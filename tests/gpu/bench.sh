@@ -24,18 +24,16 @@ verified() {
     echo "$place: $*"
 }
 
-for operation in read write; do
-    for process in '' --same_process; do
-        flags="--operation $operation $process --batch_size 8 --threads 2"
-        # shellcheck disable=SC2086
-        verified 'initiator cuda:0, target cuda:0' $flags --use_vram
-        # shellcheck disable=SC2086
-        verified 'initiator cuda:1, target cuda:0' $flags --use-vram --gpu-id=1 --target-gpu-id=0
-        # shellcheck disable=SC2086
-        verified 'initiator host, target cuda:1' $flags --use_vram --gpu_id=1 --vram_side target
-        # shellcheck disable=SC2086
-        verified 'initiator cuda:0, target host' $flags --use_vram --vram_side initiator
-    done
+for way in 'write' 'read --same_process'; do
+    flags="--operation $way --batch_size 8 --threads 2"
+    # shellcheck disable=SC2086
+    verified 'initiator cuda:0, target cuda:0' $flags --use_vram
+    # shellcheck disable=SC2086
+    verified 'initiator cuda:1, target cuda:0' $flags --use-vram --gpu-id=1 --target-gpu-id=0
+    # shellcheck disable=SC2086
+    verified 'initiator host, target cuda:1' $flags --use_vram --gpu_id=1 --vram_side target
+    # shellcheck disable=SC2086
+    verified 'initiator cuda:0, target host' $flags --use_vram --vram_side initiator
 done
 # Threads share two buffers of ours, and one of the target's.
 verified 'initiator cuda:0, cuda:1, target cuda:0, cuda:1' --use_vram --gpu_id=-1 --threads 3 --batch_size 8
