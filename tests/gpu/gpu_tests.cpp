@@ -937,6 +937,25 @@ TEST_P(Refusing, CopiesWithinTheProcess) {
     }
 }
 
+// What memory is was asked when it was registered: a transfer asks nothing.
+TEST_P(Refusing, QuestionsAboutPointers) {
+    Remote peer(provider(), "there:1", {"MEFA_TEST_NO_CUDA=1"});
+    const auto theirs = peer.allocate("pageable", MiB);
+    auto transport = install();
+    const Buffer from("device:0", MiB), to("device:0", MiB);
+    const auto a = add(transport, from), b = add(transport, to);
+    auto segment = ourselves(transport), far = must(transport.open_json(peer.descriptor()));
+    from.fill(0, MiB, 1, 0);
+    driver->fake_fail("cuPointerGetAttribute=1@1+");
+    const auto inside = run(transport, segment.write(from.data(), to.address(), MiB));
+    const auto staged = run(transport, far.write(from.data(), theirs.address(), MiB));
+    driver->fake_fail(nullptr);
+    EXPECT_EQ(inside, MEFA_STATUS_COMPLETED);
+    EXPECT_EQ(staged, MEFA_STATUS_COMPLETED);
+    EXPECT_TRUE(to.is(0, MiB, 1, 0));
+    EXPECT_TRUE(theirs.is(0, MiB, 1, 0));
+}
+
 TEST_P(Refusing, CopiesOfWhatIsStaged) {
     Remote peer(provider(), "there:1", {"MEFA_TEST_NO_CUDA=1"});
     const auto theirs = peer.allocate("pageable", 8 * MiB);
