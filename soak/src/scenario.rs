@@ -113,6 +113,8 @@ pub const SCENARIOS: &[Scenario] = &[
         what: "0.5 % of the initiator's work requests end with status 13",
         share: 9,
         rules: &["error status=unresp rate=0.5% host=0"],
+        // A first answer may be among them.
+        cuts_off: true,
         causes: CUT_OFF,
         ..USUAL
     },

@@ -50,6 +50,9 @@ const IMPORTS: usize = 1024;
 const STRANGERS: usize = 1024;
 /// How long an owner may be silent about a request until he is asked for it.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// After so many seconds in which his endpoint cannot be reached an owner is taken to be at nothing any more: his
+/// transport waits for its copies before it closes.
+const UNHEARD: u32 = 10;
 /// Longest wait for copies that use memory which is unregistered.
 const QUIET: Duration = Duration::from_secs(5);
 /// What tells the copies for others from ours, in the copier's tokens.
@@ -102,8 +105,9 @@ struct Ours {
     region: Option<MemoryRegion>,
     /// The owner copies by CUDA from and to our memory, and we cannot stop him.
     direct: bool,
-    /// When he was last heard of.
+    /// When he was last heard of, and how often he could not be asked since.
     heard: Instant,
+    unheard: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,6 +249,11 @@ impl Gpu {
             && self.queue.is_empty()
             && self.served.iter().all(Option::is_none)
             && self.mail.as_ref().is_none_or(|mail| mail.waiting.is_empty())
+    }
+
+    /// Waits for all copies.
+    pub fn finish(&mut self) {
+        self.copier = Copier::default();
     }
 
     /// What ended since the last time.
@@ -439,6 +448,7 @@ impl FabricNic {
             region: None,
             direct: matches!(way, Way::Direct),
             heard: gpu.now,
+            unheard: 0,
         };
         if let Way::Inside(far) = way {
             return self.begin_copy(gpu, ours, far);
@@ -998,7 +1008,10 @@ impl FabricNic {
     ) {
         let message =
             Message { id, life, sender: gpu.ourselves, address: self.address.clone(), body };
-        if let Some(mail) = &mut gpu.mail {
+        // Who does not take our answers asks again.
+        if let Some(mail) =
+            gpu.mail.as_mut().filter(|mail| slot.is_some() || mail.waiting.len() < WAITING)
+        {
             mail.waiting.push_back((to, slot, message));
         }
         self.post_mail(gpu);
@@ -1057,9 +1070,12 @@ impl FabricNic {
 
     /// A message for an operation of ours did not get there.
     fn unheard(&mut self, gpu: &mut Gpu, slot: Option<u32>, fault: Fault) {
-        let Some(ours) = slot.and_then(|slot| gpu.ours.get(&slot)) else { return };
-        // Where he copies by CUDA we cannot stop him: then only his end ends it.
-        if let (Step::Ask | Step::Wait, false, Some(slot)) = (ours.step, ours.direct, slot) {
+        let Some(slot) = slot else { return };
+        let Some(ours) = gpu.ours.get_mut(&slot) else { return };
+        ours.unheard += 1;
+        // Where he copies by CUDA we cannot stop him.
+        let waits = matches!(ours.step, Step::Ask | Step::Wait);
+        if waits && (!ours.direct || ours.unheard >= UNHEARD) {
             self.give_up(gpu, slot, fault);
         }
     }
@@ -1096,7 +1112,7 @@ impl FabricNic {
             .get_mut(&slot)
             .filter(|ours| ours.id == message.id && message.life == gpu.life);
         if let Some(ours) = known {
-            ours.heard = gpu.now;
+            (ours.heard, ours.unheard) = (gpu.now, 0);
         }
         let ours =
             gpu.ours.get(&slot).filter(|ours| ours.id == message.id && message.life == gpu.life);
@@ -1192,6 +1208,9 @@ impl FabricNic {
         let Some(ours) = gpu.ours.get(&slot) else { return };
         let peer = ours.operation.peer;
         gpu.peers.insert(peer, Peer::Far);
+        if gpu.far.len() >= STRANGERS {
+            gpu.far.clear();
+        }
         gpu.far.extend(self.address_of(peer).map(Box::from));
         log::warn!(
             "GPU memory of another process on this host is reached by way of host memory, which is slower: {text}"

@@ -658,6 +658,15 @@ impl Nic for FabricNic {
     }
 }
 
+impl Drop for FabricNic {
+    fn drop(&mut self) {
+        // Before the endpoint is gone: peers take that to mean that nothing of theirs is used any more.
+        if let Some(gpu) = &mut self.gpu {
+            gpu.finish();
+        }
+    }
+}
+
 /// A NIC's port, as the kernel sees it.
 struct Port {
     state: PathBuf,
