@@ -24,7 +24,7 @@ pub struct Scenario {
     pub cancels: bool,
     /// What must come of it: see [`Scenario::must`].
     must: Must,
-    /// NICs are cut off.
+    /// NICs are cut off, which may be before their first answer.
     cuts_off: bool,
     /// Why failures may happen: words of the cause.
     pub causes: &'static [&'static str],
