@@ -53,7 +53,7 @@ test: ## every test: Rust, C, C++, and consumers of the CMake package
 	$(TARGET_DIR)/quick/soak --minutes 1
 	@$(MAKE) --no-print-directory cmake CMAKE_ARGS=-DMOONCAKE_EFA_BUILD_TESTS=ON
 	@# Most of them wait most of the time.
-	cd build && ctest --output-on-failure -j 6
+	cd build && ctest --output-on-failure -j 8
 
 test-mooncake: build ## the published Mooncake with our transport in it; PYTEST_ARGS='-k store'
 	@scripts/setup mooncake

@@ -55,6 +55,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const UNHEARD: u32 = 10;
 /// Longest wait for copies that use memory which is unregistered.
 const QUIET: Duration = Duration::from_secs(5);
+/// Why a request ends whose memory is gone.
+const UNREGISTERED: &str = "the memory was unregistered";
 /// What tells the copies for others from ours, in the copier's tokens.
 const FOR_OTHERS: u64 = 1 << 32;
 
@@ -177,6 +179,8 @@ struct Served {
     /// Theirs, where CUDA copies from it or to it.
     import: Option<Arc<Import>>,
     step: Step,
+    /// Our memory was unregistered while only the piece was in use.
+    left: bool,
 }
 
 /// Pinned host memory, in pieces that are registered each by itself: so one can be taken from whoever knows its key.
@@ -784,15 +788,21 @@ impl FabricNic {
                     },
                     Err(error) => {
                         let Some(asked) = gpu.queue.pop_front() else { return };
-                        gpu.served[index] =
-                            Some(Served { asked, piece: None, import: None, step: Step::Wait });
+                        gpu.served[index] = Some(Served {
+                            asked,
+                            piece: None,
+                            import: None,
+                            step: Step::Wait,
+                            left: false,
+                        });
                         self.served_ended(gpu, index, Err((Outcome::Failed, error.text)));
                         continue;
                     }
                 }
             }
             let Some(asked) = gpu.queue.pop_front() else { return };
-            gpu.served[index] = Some(Served { asked, piece, import: None, step: Step::Post });
+            gpu.served[index] =
+                Some(Served { asked, piece, import: None, step: Step::Post, left: false });
             self.served_begin(gpu, index);
         }
     }
@@ -884,6 +894,9 @@ impl FabricNic {
             return;
         }
         match result {
+            Ok(()) if served.asked.write && served.left => {
+                self.served_ended(gpu, index, Err((Outcome::Refused, UNREGISTERED.into())));
+            }
             Ok(()) if served.asked.write => {
                 served.step = Step::Drain;
                 let (address, length) = (served.asked.address, served.asked.length);
@@ -915,11 +928,13 @@ impl FabricNic {
 
     /// Answers a request, and takes back what it had.
     fn served_ended(&mut self, gpu: &mut Gpu, index: usize, result: Result<(), (Outcome, String)>) {
-        let Some(Served { asked, piece, .. }) = gpu.served[index].take() else { return };
+        let Some(Served { asked, piece, left, .. }) = gpu.served[index].take() else { return };
         if let (Some(piece), Some(pieces)) = (piece, &mut gpu.lent) {
             pieces.free.push(piece);
         }
-        asked.held.leave();
+        if !left {
+            asked.held.leave();
+        }
         let (outcome, text) = result.err().unwrap_or((Outcome::Done, String::new()));
         self.say(gpu, asked.peer, None, asked.id, asked.life, Body::Ended { outcome, text });
     }
@@ -947,6 +962,9 @@ impl FabricNic {
                 });
             }
         }
+        if self.gpu.is_some() {
+            self.with_gpu(|nic, gpu| nic.leave(gpu, held));
+        }
         let began = Instant::now();
         let (mut completed, mut failed) = (Vec::new(), Vec::new());
         while !held.is_quiet() {
@@ -965,6 +983,41 @@ impl FabricNic {
             });
         }
         Ok(())
+    }
+
+    /// Of requests for this memory, ends what has not begun, and lets go of it where it is not in use: a requester who
+    /// is gone may leave us waiting for his bytes.
+    fn leave(&mut self, gpu: &mut Gpu, held: &Arc<Held>) {
+        let mut refused = Vec::new();
+        gpu.queue.retain(|asked| {
+            let is = Arc::ptr_eq(&asked.held, held);
+            if is {
+                asked.held.leave();
+                refused.push((asked.peer, asked.id, asked.life));
+            }
+            !is
+        });
+        for (peer, id, life) in refused {
+            let body = Body::Ended { outcome: Outcome::Refused, text: UNREGISTERED.into() };
+            self.say(gpu, peer, None, id, life, body);
+        }
+        for index in 0..gpu.served.len() {
+            let Some(served) = &mut gpu.served[index] else { continue };
+            if !Arc::ptr_eq(&served.asked.held, held) || served.left {
+                continue;
+            }
+            match (served.step, served.asked.write) {
+                (Step::Post, true) => {
+                    self.served_ended(gpu, index, Err((Outcome::Refused, UNREGISTERED.into())));
+                }
+                // The piece is on its way, from us with what was read already, or to us.
+                (Step::Post | Step::Flight, _) => {
+                    served.left = true;
+                    held.leave();
+                }
+                _ => {}
+            }
+        }
     }
 
     // ---- messages -------------------------------------------------------------------------------
