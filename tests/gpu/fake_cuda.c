@@ -12,6 +12,7 @@
  *   FAKE_CUDA_READABLE=1       device memory may be read and written where callers see it
  *   FAKE_CUDA_NO_IPC=1         no IPC handles
  *   FAKE_CUDA_NO_PEER=1        GPUs cannot access each other's memory
+ *   FAKE_CUDA_LATE=3000        events are done when they are asked about for the 3000th time, not for the third
  *   FAKE_CUDA_FAIL=cuMemcpyAsync=700@3,cuIpcOpenMemHandle=1
  *                              the third call of the one fails with 700, every call of the other with 1; @3+: the third
  *                              and all after it
@@ -138,7 +139,7 @@ struct event {
     struct event *next;
     struct context *context;
     uint64_t stream, number; /* what it waits for; stream 0: nothing */
-    unsigned queries;
+    unsigned queries, ready_at;
 };
 
 struct rule {
@@ -1195,7 +1196,9 @@ API int cuEventRecord(struct event *event, void *stream) {
     REFUSE_IF(!in || !event, INVALID_HANDLE);
     event->stream = in->id;
     event->number = in->queued;
+    const char *late = getenv("FAKE_CUDA_LATE");
     event->queries = 0;
+    event->ready_at = late ? (unsigned)atoi(late) : 3;
     return 0;
 }
 
@@ -1209,7 +1212,7 @@ API int cuEventQuery(struct event *event) {
     ENTER_CURRENT;
     event = find_event(event);
     REFUSE_IF(!event, INVALID_HANDLE);
-    if (event->stream && ++event->queries < 3) return NOT_READY;
+    if (event->stream && ++event->queries < event->ready_at) return NOT_READY;
     run_event(event);
     return CURRENT->error;
 }
