@@ -21,15 +21,15 @@ use std::time::{Duration, Instant};
 use super::message::{self, Body, LENGTH, Message, Outcome, Source};
 use super::near::{self, Held};
 use super::process::Process;
-use super::{FabricNic, GENERATIONS, shm};
+use super::{FabricNic, shm};
 use crate::engine::{Nic, Operation, PeerAddress, Post};
 use crate::error::{Code, Error, Result};
 use crate::fabric::{self, Buffer, Memory, MemoryKind, MemoryRegion};
 use crate::fault::{Class, Fault};
 use crate::hmem::{self, Context, Copier, DeviceMemory, Direction, Import, PinnedBuffer};
 
-/// Bytes of a piece that is staged. (By measurement on an H100, docs/gpu.md: long enough for a copy to reach its rate,
-/// short enough for eight to take little memory.)
+/// Bytes of a piece that is staged: copies of it reach 48 of 55 GB/s over PCI Express on an H100, and eight take little
+/// memory. (512 KiB to 4 MiB, 8 to 32 of them, moved the same over `shm`, within the spread.)
 pub(super) const PIECE: u64 = 1 << 20;
 /// Pieces under way, of our transfers, and as many of those that others ask for.
 const PIECES: usize = 8;
@@ -788,14 +788,7 @@ impl FabricNic {
                     },
                     Err(error) => {
                         let Some(asked) = gpu.queue.pop_front() else { return };
-                        gpu.served[index] = Some(Served {
-                            asked,
-                            piece: None,
-                            import: None,
-                            step: Step::Wait,
-                            left: false,
-                        });
-                        self.served_ended(gpu, index, Err((Outcome::Failed, error.text)));
+                        self.end_request(gpu, &asked, false, Err((Outcome::Failed, error.text)));
                         continue;
                     }
                 }
@@ -819,9 +812,7 @@ impl FabricNic {
                 let token = FOR_OTHERS + index as u64;
                 let from = (address, held.device.as_ref());
                 let copied = gpu.copy((piece.unwrap_or(0), None), from, length, token);
-                if let Err(error) = copied {
-                    self.served_ended(gpu, index, Err((Outcome::Failed, error.text)));
-                }
+                self.served_begun(gpu, index, copied);
             }
             Source::Cuda { handle, offset } => {
                 let Some(device) = held.device.as_ref() else { return };
@@ -851,10 +842,15 @@ impl FabricNic {
                 let token = FOR_OTHERS + index as u64;
                 let copied =
                     gpu.copier.copy(device.context(), Direction::Between, to, from, length, token);
-                if let Err(error) = copied {
-                    self.served_ended(gpu, index, Err((Outcome::Failed, error.text)));
-                }
+                self.served_begun(gpu, index, copied);
             }
+        }
+    }
+
+    /// A copy has begun, or was refused.
+    fn served_begun(&mut self, gpu: &mut Gpu, index: usize, copied: Result<()>) {
+        if let Err(error) = copied {
+            self.served_ended(gpu, index, Err((Outcome::Failed, error.text)));
         }
     }
 
@@ -905,9 +901,7 @@ impl FabricNic {
                 let token = FOR_OTHERS + index as u64;
                 let to = (address, held.device.as_ref());
                 let copied = gpu.copy(to, (piece.unwrap_or(0), None), length, token);
-                if let Err(error) = copied {
-                    self.served_ended(gpu, index, Err((Outcome::Failed, error.text)));
-                }
+                self.served_begun(gpu, index, copied);
             }
             Ok(()) => self.served_ended(gpu, index, Ok(())),
             Err(fault) => self.served_ended(gpu, index, Err((Outcome::Failed, fault.text))),
@@ -932,6 +926,17 @@ impl FabricNic {
         if let (Some(piece), Some(pieces)) = (piece, &mut gpu.lent) {
             pieces.free.push(piece);
         }
+        self.end_request(gpu, &asked, left, result);
+    }
+
+    /// Lets go of a request's memory, unless that was done (`left`), and says how it ended.
+    fn end_request(
+        &mut self,
+        gpu: &mut Gpu,
+        asked: &Asked,
+        left: bool,
+        result: Result<(), (Outcome, String)>,
+    ) {
         if !left {
             asked.held.leave();
         }
@@ -946,24 +951,11 @@ impl FabricNic {
     pub(super) fn gpu_unregister(&mut self, key: u64, held: &Arc<Held>) -> Result<()> {
         self.place.0.take(key);
         held.close();
-        if let (Some(gpu), Some(device)) = (&self.gpu, &held.device) {
-            if let Some(shared) = gpu.mail.is_some().then(|| device.shared_already()).flatten() {
-                // They have it mapped; it would not be freed when its owner frees it.
-                let shares = |(peer, state): (&PeerAddress, &Peer)| {
-                    matches!(state, Peer::Shares(_)).then_some(*peer)
-                };
-                let peers: Vec<PeerAddress> = gpu.peers.iter().filter_map(shares).collect();
-                let handle = shared.handle;
-                self.with_gpu(|nic, gpu| {
-                    let life = gpu.life;
-                    peers.into_iter().for_each(|peer| {
-                        nic.say(gpu, peer, None, 0, life, Body::Forget { handle })
-                    });
-                });
-            }
-        }
         if self.gpu.is_some() {
-            self.with_gpu(|nic, gpu| nic.leave(gpu, held));
+            self.with_gpu(|nic, gpu| {
+                nic.recall(gpu, held);
+                nic.leave(gpu, held);
+            });
         }
         let began = Instant::now();
         let (mut completed, mut failed) = (Vec::new(), Vec::new());
@@ -985,21 +977,30 @@ impl FabricNic {
         Ok(())
     }
 
+    /// Tells who has this memory mapped to use it no more: it would not be freed when its owner frees it.
+    fn recall(&mut self, gpu: &mut Gpu, held: &Held) {
+        let Some(shared) = held.device.as_ref().and_then(DeviceMemory::shared_already) else {
+            return;
+        };
+        let shares = |(peer, state): (&PeerAddress, &Peer)| {
+            matches!(state, Peer::Shares(_)).then_some(*peer)
+        };
+        let peers: Vec<PeerAddress> = gpu.peers.iter().filter_map(shares).collect();
+        for peer in peers {
+            self.say(gpu, peer, None, 0, gpu.life, Body::Forget { handle: shared.handle });
+        }
+    }
+
     /// Of requests for this memory, ends what has not begun, and lets go of it where it is not in use: a requester who
     /// is gone may leave us waiting for his bytes.
     fn leave(&mut self, gpu: &mut Gpu, held: &Arc<Held>) {
-        let mut refused = Vec::new();
-        gpu.queue.retain(|asked| {
-            let is = Arc::ptr_eq(&asked.held, held);
-            if is {
-                asked.held.leave();
-                refused.push((asked.peer, asked.id, asked.life));
+        let unregistered = || Err((Outcome::Refused, UNREGISTERED.to_owned()));
+        for asked in std::mem::take(&mut gpu.queue) {
+            if Arc::ptr_eq(&asked.held, held) {
+                self.end_request(gpu, &asked, false, unregistered());
+            } else {
+                gpu.queue.push_back(asked);
             }
-            !is
-        });
-        for (peer, id, life) in refused {
-            let body = Body::Ended { outcome: Outcome::Refused, text: UNREGISTERED.into() };
-            self.say(gpu, peer, None, id, life, body);
         }
         for index in 0..gpu.served.len() {
             let Some(served) = &mut gpu.served[index] else { continue };
@@ -1007,9 +1008,7 @@ impl FabricNic {
                 continue;
             }
             match (served.step, served.asked.write) {
-                (Step::Post, true) => {
-                    self.served_ended(gpu, index, Err((Outcome::Refused, UNREGISTERED.into())));
-                }
+                (Step::Post, true) => self.served_ended(gpu, index, unregistered()),
                 // The piece is on its way, from us with what was read already, or to us.
                 (Step::Post | Step::Flight, _) => {
                     served.left = true;
@@ -1160,17 +1159,14 @@ impl FabricNic {
 
     fn hear(&mut self, gpu: &mut Gpu, message: Message) {
         let slot = message.id as u32;
-        let known = gpu
-            .ours
-            .get_mut(&slot)
-            .filter(|ours| ours.id == message.id && message.life == gpu.life);
-        if let Some(ours) = known {
+        let life = gpu.life;
+        let ours = gpu.ours.get_mut(&slot);
+        let ours = ours.filter(|ours| (ours.id, life) == (message.id, message.life)).map(|ours| {
             (ours.heard, ours.unheard) = (gpu.now, 0);
-        }
-        let ours =
-            gpu.ours.get(&slot).filter(|ours| ours.id == message.id && message.life == gpu.life);
-        match (&message.body, ours.map(|ours| ours.step)) {
-            (Body::Ended { outcome, text }, Some(Step::Ask | Step::Wait)) => {
+            (ours.step, ours.operation)
+        });
+        match (&message.body, ours) {
+            (Body::Ended { outcome, text }, Some((Step::Ask | Step::Wait, operation))) => {
                 let fault = |class| Err(Fault::of(class, format!("the memory's owner: {text}")));
                 match outcome {
                     Outcome::Done => self.answered(gpu, slot),
@@ -1179,17 +1175,12 @@ impl FabricNic {
                     Outcome::Failed => gpu.end(slot, fault(Class::Peer)),
                     Outcome::NotShared => self.not_shared(gpu, slot, text),
                     Outcome::OnHost => {
-                        let Some(Operation { peer, key, .. }) =
-                            gpu.ours.get(&slot).map(|ours| ours.operation)
-                        else {
-                            return;
-                        };
-                        gpu.on_host.insert((peer, key));
+                        gpu.on_host.insert((operation.peer, operation.key));
                         gpu.end(slot, fault(Class::Pressure));
                     }
                 }
             }
-            (Body::Unknown, Some(Step::Wait)) => {
+            (Body::Unknown, Some((Step::Wait, _))) => {
                 let fault = Fault::of(
                     Class::Peer,
                     "the memory's owner does not know our request: was it restarted?",
@@ -1296,10 +1287,6 @@ impl FabricNic {
         self.register_once(&part, MemoryKind::Host)
     }
 
-    fn is_shm(&self) -> bool {
-        self.info.provider() == "shm"
-    }
-
     fn address_of(&self, peer: PeerAddress) -> Option<&[u8]> {
         self.peers.iter().find(|(_, known)| **known == peer).map(|(address, _)| &address[..])
     }
@@ -1345,5 +1332,3 @@ fn import(
 fn gone() -> Fault {
     Fault::of(Class::Ours, "the memory is not registered any more")
 }
-
-const _: () = assert!(GENERATIONS.is_power_of_two() && PIECE < COPY);

@@ -366,6 +366,10 @@ impl FabricNic {
         }
     }
 
+    fn is_shm(&self) -> bool {
+        self.info.provider() == "shm"
+    }
+
     /// What of an endpoint's address tells it from others.
     fn known<'a>(&self, address: &'a [u8]) -> &'a [u8] {
         // What follows means something to its owner only, who may write it differently each time.
@@ -379,7 +383,7 @@ impl FabricNic {
             return Ok(peer);
         }
         // 1.17 takes such an address, and crashes at the first operation.
-        if self.info.provider() == "shm" && shm::is_gone(address) {
+        if self.is_shm() && shm::is_gone(address) {
             return Err(Error::new(Code::Endpoint, "the peer's process is gone"));
         }
         let peer = self.addresses.insert(address)?;
